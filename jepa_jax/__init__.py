@@ -1,0 +1,50 @@
+"""jepa_jax: rapid self-supervised learning in JAX.
+
+The public names. They are loaded on first use, so that importing the package starts no JAX backend
+and pulls in nothing that a caller may not need.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "api": ("load_encoder",),
+    "augment": (
+        "adjust_brightness",
+        "adjust_contrast",
+        "adjust_hue",
+        "adjust_saturation",
+        "resized_crop",
+        "rgb_to_grayscale",
+        "solarize",
+        "two_views",
+    ),
+    "data": ("Dataset", "from_arrays", "load_dataset"),
+    "losses": ("vicreg_loss",),
+    "models": ("Encoder", "ImageJEPA", "ModelFns", "Projector", "ResNet", "ResNet18"),
+    "optim": ("lars", "warmup_cosine"),
+    "probes": ("ridge_probe",),
+    "train": ("train_and_evaluate",),
+    "train_step": (
+        "HParams",
+        "TrainState",
+        "create_train_state",
+        "make_train_epoch",
+        "make_train_step",
+    ),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [*sorted(_HOME_OF), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'jepa_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"jepa_jax.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

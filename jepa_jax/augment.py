@@ -1,0 +1,275 @@
+"""Image augmentation on the device, by torchvision's definitions.
+
+Range contract: the cores take and return float images [H, W, 3] with values in [0, 1]; batches are
+made by `jax.vmap`. A core is deterministic; a `random_*` function only samples and calls its core,
+with the key first. `two_views` is the whole recipe, from uint8 batches.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+# ITU-R 601-2 luma, the weights of PIL's and torchvision's greyscale conversion.
+_LUMA = (0.2989, 0.587, 0.114)
+
+
+def _blend(image, other, factor):
+    return jnp.clip(factor * image + (1.0 - factor) * other, 0.0, 1.0)
+
+
+def rgb_to_grayscale(image: jax.Array) -> jax.Array:
+    """Luma of an image [H, W, 3], repeated in all three channels."""
+    red, green, blue = image[..., 0:1], image[..., 1:2], image[..., 2:3]
+    luma = _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
+    return jnp.broadcast_to(luma, image.shape)
+
+
+def adjust_brightness(image: jax.Array, factor: jax.typing.ArrayLike) -> jax.Array:
+    """Multiplies by `factor` >= 0 and clips: 0 is black, 1 the image itself."""
+    return _blend(image, 0.0, factor)
+
+
+def adjust_contrast(image: jax.Array, factor: jax.typing.ArrayLike) -> jax.Array:
+    """Blends with the mean luma of the whole image; `factor` >= 0, 1 is the image itself."""
+    return _blend(image, jnp.mean(rgb_to_grayscale(image)), factor)
+
+
+def adjust_saturation(image: jax.Array, factor: jax.typing.ArrayLike) -> jax.Array:
+    """Blends with the greyscale image; `factor` >= 0, 0 is grey, 1 the image itself."""
+    return _blend(image, rgb_to_grayscale(image), factor)
+
+
+def adjust_hue(image: jax.Array, delta: jax.typing.ArrayLike) -> jax.Array:
+    """Shifts the hue by `delta` turns of the colour circle, in [-0.5, 0.5]."""
+    value = jnp.max(image, axis=-1)
+    chroma = value - jnp.min(image, axis=-1)
+    saturation = chroma / jnp.where(value > 0, value, 1.0)
+    red, green, blue = image[..., 0], image[..., 1], image[..., 2]
+    divisor = jnp.where(chroma > 0, chroma, 1.0)
+    sixths = jnp.where(
+        value == red,
+        (green - blue) / divisor,
+        jnp.where(value == green, 2.0 + (blue - red) / divisor, 4.0 + (red - green) / divisor),
+    )
+    hue = jnp.mod(sixths / 6.0 + delta, 1.0)
+    # Back to RGB: channel n is value * (1 - saturation * max(0, min(k, 4 - k, 1))) with
+    # k = (n + 6 hue) mod 6 and n = 5, 3, 1, the branch-free form of the six sectors.
+    n = jnp.array([5.0, 3.0, 1.0], image.dtype).reshape((1,) * hue.ndim + (3,))
+    k = jnp.mod(n + 6.0 * hue[..., None], 6.0)
+    drop = jnp.clip(jnp.minimum(k, 4.0 - k), 0.0, 1.0)
+    return value[..., None] * (1.0 - saturation[..., None] * drop)
+
+
+def solarize(image: jax.Array, threshold: jax.typing.ArrayLike) -> jax.Array:
+    """Inverts every value that is at or above `threshold`, in [0, 1]."""
+    return jnp.where(image >= threshold, 1.0 - image, image)
+
+
+def _resize_weights(start, extent, in_size: int, out_size: int) -> jax.Array:
+    """Rows of bilinear weights [out_size, in_size] that read the window [start, start + extent).
+
+    A triangle filter, widened when it shrinks the window (the anti-aliasing of PIL and of
+    torchvision), cut at the window's edge and normalised to sum 1.
+    """
+    start, extent = jnp.asarray(start, jnp.float32), jnp.asarray(extent, jnp.float32)
+    stretch = extent / out_size
+    centres = start + (jnp.arange(out_size, dtype=jnp.float32) + 0.5) * stretch
+    pixels = jnp.arange(in_size, dtype=jnp.float32)
+    distance = jnp.abs(pixels[None, :] + 0.5 - centres[:, None]) / jnp.maximum(stretch, 1.0)
+    inside = (pixels >= start) & (pixels < start + extent)
+    weights = jnp.where(inside[None, :], jnp.maximum(0.0, 1.0 - distance), 0.0)
+    return weights / jnp.sum(weights, axis=1, keepdims=True)
+
+
+def resized_crop(
+    image: jax.Array,
+    top: jax.typing.ArrayLike,
+    left: jax.typing.ArrayLike,
+    height: jax.typing.ArrayLike,
+    width: jax.typing.ArrayLike,
+    size: int,
+) -> jax.Array:
+    """Cuts the box [top, top + height) x [left, left + width) and resizes it, bilinear.
+
+    The box may be traced: the crop and the resize are two small matrices, one over rows and one
+    over columns, so that every image of a batch can have its own box.
+
+    Args:
+      image: [H, W, C] in [0, 1].
+      top, left, height, width: the box in whole pixels, inside the image, at least 1 x 1.
+      size: of the square result.
+
+    Returns:
+      [size, size, C].
+    """
+    rows = _resize_weights(top, height, image.shape[0], size)
+    cols = _resize_weights(left, width, image.shape[1], size)
+    return _apply_resize(image, rows, cols)
+
+
+def _apply_resize(image, rows, cols):
+    # float32 products: a GPU's default would round pixels to 10 bits of mantissa.
+    return jnp.einsum("ph,hwc,qw->pqc", rows, image, cols, precision="highest")
+
+
+def random_crop_box(
+    key: jax.Array,
+    height: int,
+    width: int,
+    *,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The box of a RandomResizedCrop: (top, left, height, width), int32 scalars.
+
+    Area uniform in `scale` of the image's, aspect ratio log-uniform in `ratio`, both rounded to
+    whole pixels; the first of ten draws that fits is taken, else the largest centred box whose
+    aspect ratio lies in `ratio`.
+    """
+    area_key, ratio_key, top_key, left_key = jax.random.split(key, 4)
+    area = height * width * jax.random.uniform(area_key, (10,), minval=scale[0], maxval=scale[1])
+    aspect = jnp.exp(
+        jax.random.uniform(ratio_key, (10,), minval=math.log(ratio[0]), maxval=math.log(ratio[1]))
+    )
+    widths = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
+    heights = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    first = jnp.argmax(fits)
+
+    centred_width, centred_height = width, height
+    if width / height < ratio[0]:
+        centred_height = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        centred_width = round(height * ratio[1])
+    found = fits[first]
+    box_height = jnp.where(found, heights[first], centred_height)
+    box_width = jnp.where(found, widths[first], centred_width)
+    top = jax.random.randint(top_key, (), 0, height - box_height + 1)
+    left = jax.random.randint(left_key, (), 0, width - box_width + 1)
+    top = jnp.where(found, top, (height - centred_height) // 2)
+    left = jnp.where(found, left, (width - centred_width) // 2)
+    return top, left, box_height, box_width
+
+
+def color_jitter(
+    image: jax.Array,
+    order: jax.Array,
+    *,
+    brightness: jax.typing.ArrayLike,
+    contrast: jax.typing.ArrayLike,
+    saturation: jax.typing.ArrayLike,
+    hue: jax.typing.ArrayLike,
+) -> jax.Array:
+    """Applies the four adjustments in the given order.
+
+    `order` is a permutation of 0..3 (brightness, contrast, saturation, hue), which may be traced.
+    Under `vmap` a switch would compute all four at each of four places. Three of them are blends
+    with another image, cheap to choose from; so the hue is shifted once, between two rounds of
+    blends, and a blend whose turn is in the other round gets the factor 1, the identity.
+    """
+    factors = jnp.stack([jnp.asarray(f, image.dtype) for f in (brightness, contrast, saturation)])
+    hue_place = jnp.argmax(order == 3)
+
+    def blends(image, is_active):
+        for place in range(4):
+            kind = order[place]
+            grey = rgb_to_grayscale(image)
+            other = jnp.where(kind == 2, grey, jnp.where(kind == 1, jnp.mean(grey), 0.0))
+            factor = jnp.where(is_active(place) & (kind != 3), factors[jnp.minimum(kind, 2)], 1.0)
+            image = _blend(image, other, factor)
+        return image
+
+    image = blends(image, lambda place: place < hue_place)
+    image = adjust_hue(image, hue)
+    return blends(image, lambda place: place > hue_place)
+
+
+def random_color_jitter(
+    key: jax.Array,
+    image: jax.Array,
+    *,
+    brightness: float = 0.4,
+    contrast: float = 0.4,
+    saturation: float = 0.2,
+    hue: float = 0.1,
+) -> jax.Array:
+    """Jitters in random order: factors uniform in [max(0, 1 - a), 1 + a], hue in [-hue, hue]."""
+    order_key, *keys = jax.random.split(key, 5)
+
+    def factor(key, amount):
+        return jax.random.uniform(key, minval=max(0.0, 1.0 - amount), maxval=1.0 + amount)
+
+    return color_jitter(
+        image,
+        jax.random.permutation(order_key, 4),
+        brightness=factor(keys[0], brightness),
+        contrast=factor(keys[1], contrast),
+        saturation=factor(keys[2], saturation),
+        hue=jax.random.uniform(keys[3], minval=-hue, maxval=hue),
+    )
+
+
+def random_view(
+    key: jax.Array,
+    image: jax.Array,
+    *,
+    size: int | None = None,
+    scale: tuple[float, float] = (0.2, 1.0),
+    jitter_prob: float = 0.8,
+    grayscale_prob: float = 0.2,
+    solarize_prob: float = 0.1,
+    flip_prob: float = 0.5,
+) -> jax.Array:
+    """One augmented view of an image [H, W, 3] in [0, 1]: [size, size, 3] in [0, 1].
+
+    RandomResizedCrop, colour jitter, greyscale, solarize at 128/255, horizontal flip, in this
+    order and each with its probability.
+    """
+    crop_key, jitter_key, choice_key = jax.random.split(key, 3)
+    height, width, _ = image.shape
+    size = size or height
+    jittered, greyed, solarized, flipped = jax.random.uniform(choice_key, (4,)) < jnp.array(
+        [jitter_prob, grayscale_prob, solarize_prob, flip_prob]
+    )
+    top, left, box_height, box_width = random_crop_box(crop_key, height, width, scale=scale)
+    cols = _resize_weights(left, box_width, width, size)
+    # Reading the columns backwards flips the view, which no later step can tell from a flip last.
+    cols = jnp.where(flipped, cols[::-1], cols)
+    image = _apply_resize(image, _resize_weights(top, box_height, height, size), cols)
+    image = jnp.where(jittered, random_color_jitter(jitter_key, image), image)
+    image = jnp.where(greyed, rgb_to_grayscale(image), image)
+    return jnp.where(solarized, solarize(image, 128 / 255), image)
+
+
+def to_float(images: jax.Array) -> jax.Array:
+    """uint8 images to float32 in [0, 1]; float images are taken to be in [0, 1] already."""
+    if images.dtype == jnp.uint8:
+        return images.astype(jnp.float32) / 255.0
+    return images.astype(jnp.float32)
+
+
+def two_views(
+    key: jax.Array, images: jax.Array, *, size: int | None = None, **view_options
+) -> tuple[jax.Array, jax.Array]:
+    """Two independent augmented views of every image.
+
+    Args:
+      key: a typed key (jax.random.key); image i of view v has a key of its own.
+      images: uint8, or float in [0, 1], [B, H, W, 3].
+      size: side of the views; that of the images when None.
+      **view_options: of `random_view`.
+
+    Returns:
+      (x1, x2), float32 in [0, 1], [B, size, size, 3] each.
+
+    Raises:
+      ValueError: if images are not [B, H, W, 3].
+    """
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"images must be [B, H, W, 3], got {images.shape}")
+    images = to_float(images)
+    view = jax.vmap(functools.partial(random_view, size=size, **view_options))
+    keys = jax.random.split(key, (2, images.shape[0]))
+    return view(keys[0], images), view(keys[1], images)

@@ -1,0 +1,131 @@
+"""Checkpoints by orbax: the latest and the best kept, a half-written one never picked up."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from jepa_jax.errors import CheckpointError
+
+_SELECTED_BY = "val/online_probe_acc"
+
+
+def _score(metrics: Mapping[str, float]) -> float:
+    return metrics[_SELECTED_BY]
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `workdir/checkpoints`, one per step.
+
+    Kept are the latest and the one with the best validation accuracy. (orbax's `max_to_keep` with
+    `best_fn` would delete the newest when it is not the best, and resume would go back in time.)
+    """
+
+    def __init__(self, workdir: pathlib.Path, *, read_only: bool = False):
+        options = ocp.CheckpointManagerOptions(
+            best_fn=_score,
+            preservation_policy=preservation_policy.AnyPreservationPolicy(
+                [
+                    preservation_policy.LatestN(1),
+                    preservation_policy.BestN(
+                        get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False
+                    ),
+                ]
+            ),
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            create=not read_only,
+        )
+        self._folder = workdir.absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def latest_step(self) -> int | None:
+        """The newest whole checkpoint's step."""
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """The step with the best validation accuracy among those kept."""
+        return self._manager.best_step()
+
+    def save(
+        self, step: int, state: Any, progress: Mapping[str, Any], metrics: Mapping[str, float]
+    ) -> None:
+        """Starts an asynchronous save; does nothing for a step that is already there.
+
+        Args:
+          step: its name.
+          state: a pytree of arrays.
+          progress: what the host knows, as JSON.
+          metrics: with 'val/online_probe_acc' when it was measured at this step.
+        """
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(dict(progress))
+            ),
+            metrics={_SELECTED_BY: metrics[_SELECTED_BY]} if _SELECTED_BY in metrics else None,
+        )
+
+    def restore(self, step: int, template: Any = None) -> tuple[Any, dict[str, Any]]:
+        """(state, progress) of a step.
+
+        Args:
+          step: one that exists.
+          template: a pytree of arrays or jax.ShapeDtypeStruct; without it nested dicts come back.
+
+        Raises:
+          CheckpointError: if the checkpoint is damaged, or of another model than the template.
+        """
+        state_args = ocp.args.StandardRestore(template) if template else ocp.args.StandardRestore()
+        try:
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(state=state_args, progress=ocp.args.JsonRestore())
+            )
+        except Exception as error:  # orbax, tensorstore and json each raise their own kinds
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+            raise CheckpointError(
+                f"checkpoint {self._folder / str(step)} cannot be restored: it is damaged or holds "
+                f"another model ({type(error).__name__}: {reason})"
+            ) from error
+        return restored.state, restored.progress
+
+    def wait(self) -> None:
+        """Returns when the save under way, if any, is whole."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for a save under way and ends orbax's threads."""
+        self._manager.close()
+
+
+def save_tree(folder: pathlib.Path, tree: Any) -> None:
+    """Writes a pytree to a folder of its own, in place of what was there."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute(), tree, force=True)
+
+
+def load_tree(folder: pathlib.Path) -> Any:
+    """Reads a pytree written by `save_tree`, as nested dicts of arrays on the default device.
+
+    Raises:
+      CheckpointError: if it is damaged.
+    """
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            metadata = checkpointer.metadata(folder.absolute()).item_metadata.tree
+            sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            template = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                metadata,
+            )
+            return checkpointer.restore(folder.absolute(), template)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+        raise CheckpointError(
+            f"{folder} cannot be read ({type(error).__name__}: {reason})"
+        ) from error

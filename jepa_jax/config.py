@@ -1,0 +1,205 @@
+"""What a config may say: every key with its type and range, and what the numbers become.
+
+Floors below take plain values; this module turns a ConfigDict into them. Each complaint is one
+line that names the key, the value and what would be right.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from jepa_jax.errors import ConfigError
+from jepa_jax.optim import OPTIMIZERS
+from jepa_jax.train_step import HParams
+
+_DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Key:
+    """One key of a config: its type, and what a legal value satisfies, in words and in code."""
+
+    type: type
+    rule: str = ""
+    is_legal: Callable[[Any], bool] = lambda value: True
+
+
+def _at_least(low: float, type_: type = int) -> _Key:
+    return _Key(type_, f"at least {low}", lambda value: value >= low)
+
+
+def _one_of(*names: str) -> _Key:
+    return _Key(str, f"one of {', '.join(names)}", lambda value: value in names)
+
+
+_POSITIVE = _Key(float, "above 0", lambda value: value > 0)
+_NOT_NEGATIVE = _at_least(0, float)
+_FLAG = _Key(bool)
+_TEXT = _Key(str)
+_CHANNELS = _Key(tuple, "three numbers", lambda value: len(value) == 3)
+
+_KEYS = {
+    "meta.seed": _Key(int, "in [0, 2**32)", lambda value: 0 <= value < 2**32),
+    "meta.device": _one_of("auto", "cpu", "gpu"),
+    "meta.model_folder": _TEXT,
+    "data.dataset": _Key(str, "the name of a tfds dataset", bool),
+    "data.batch_size": _at_least(2),
+    "data.num_workers": _at_least(1),
+    "data.data_dir": _TEXT,
+    "data.placement": _one_of("auto", "device", "stream"),
+    "data.num_val": _at_least(1),
+    "data.mean": _CHANNELS,
+    "data.std": _Key(tuple, "three numbers above 0", lambda v: len(v) == 3 and min(v) > 0),
+    "model.type": _one_of("resnet"),
+    "model.use_projector": _FLAG,
+    "model.proj_hidden_dim": _at_least(1),
+    "model.proj_output_dim": _at_least(2),
+    "model.stage_sizes": _Key(
+        tuple, "one positive number a stage", lambda value: len(value) > 0 and min(value) > 0
+    ),
+    "model.width": _at_least(1),
+    "model.stem_stride": _Key(int, "1 or 2", lambda value: value in (1, 2)),
+    "model.stem_padding": _Key(int, "1 or 2", lambda value: value in (1, 2)),
+    "model.stem_init": _one_of("random", "whitening"),
+    "loss.type": _one_of("vicreg"),
+    "loss.sim_coeff": _NOT_NEGATIVE,
+    "loss.std_coeff": _NOT_NEGATIVE,
+    "loss.cov_coeff": _NOT_NEGATIVE,
+    "optim.name": _one_of(*OPTIMIZERS),
+    "optim.epochs": _at_least(1),
+    "optim.lr": _POSITIVE,
+    "optim.weight_decay": _NOT_NEGATIVE,
+    "optim.momentum": _Key(float, "in [0, 1)", lambda value: 0 <= value < 1),
+    "optim.warmup_epochs": _at_least(0, float),
+    "optim.warmup_start_lr": _NOT_NEGATIVE,
+    "optim.min_lr": _NOT_NEGATIVE,
+    "optim.probe_lr": _POSITIVE,
+    "training.use_amp": _FLAG,
+    "training.dtype": _one_of(*_DTYPES),
+    "training.scan_steps": _at_least(0),
+    "training.early_stop_epochs": _at_least(0),
+    "logging.log_wandb": _FLAG,
+    "logging.log_tensorboard": _FLAG,
+    "logging.log_every": _at_least(1),
+    "logging.save_every": _at_least(1),
+    "logging.tqdm_silent": _FLAG,
+}
+
+# What may differ between the two halves of one run: none of it changes what is learnt.
+_FREE_ON_RESUME = ("logging.", "meta.device", "meta.model_folder", "data.data_dir", "data.num_workers")
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys to values."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def nearest(name: str, known: Any) -> str:
+    """' (did you mean X?)' when one of `known` is close to `name`, else an empty string."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {matches[0]}?)" if matches else ""
+
+
+def known_keys() -> list[str]:
+    """Every dotted key a config has."""
+    return list(_KEYS)
+
+
+def _check_value(name: str, value: Any) -> None:
+    key = _KEYS[name]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if key.type is float and is_number:
+        if not math.isfinite(value):
+            raise ConfigError(f"config.{name} must be a finite number, got {value}")
+    elif key.type is tuple and isinstance(value, tuple | list):
+        if not all(isinstance(v, int | float) and math.isfinite(v) for v in value):
+            raise ConfigError(f"config.{name} must hold numbers, got {value}")
+    elif type(value) is not key.type:
+        wanted, given = key.type.__name__, type(value).__name__
+        raise ConfigError(f"config.{name} must be of type {wanted}, got {value!r} ({given})")
+    if not key.is_legal(value):
+        near = nearest(value, key.rule.removeprefix("one of ").split(", ")) if value else ""
+        if key.type is not str:
+            near = ""
+        raise ConfigError(f"config.{name} must be {key.rule}, got {value!r}{near}")
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every key's presence, type and range, and what they say together.
+
+    Raises:
+      ConfigError: one line naming the key and the nearest right thing.
+    """
+    flat = flatten(config)
+    for name in flat:
+        if name not in _KEYS:
+            raise ConfigError(f"config.{name} is not a known key{nearest(name, _KEYS)}")
+    for name in _KEYS:
+        if name not in flat:
+            raise ConfigError(f"the config lacks config.{name}: start from a file in configs/")
+        _check_value(name, flat[name])
+    optim = config.optim
+    if optim.warmup_epochs > optim.epochs:
+        raise ConfigError(
+            f"config.optim.warmup_epochs ({optim.warmup_epochs}) is longer than "
+            f"config.optim.epochs ({optim.epochs})"
+        )
+    if config.model.stem_init == "whitening" and config.model.width % 2:
+        raise ConfigError("config.model.stem_init=whitening needs an even config.model.width")
+    if config.model.stem_init == "whitening" and config.model.width > 54:
+        raise ConfigError(
+            "config.model.stem_init=whitening has at most 54 filters (3x3 patches of 3 channels, "
+            f"both signs), config.model.width is {config.model.width}"
+        )
+
+
+def compute_dtype(config: ConfigDict) -> Any:
+    """The dtype of the model's arithmetic: training.dtype, or float32 without training.use_amp."""
+    return _DTYPES[config.training.dtype] if config.training.use_amp else jnp.float32
+
+
+def hparams_from(config: ConfigDict, steps_per_epoch: int) -> HParams:
+    """The config's numbers, per step, as float32 scalars (the seed as uint32)."""
+    optim, loss = config.optim, config.loss
+    numbers = {
+        "lr": optim.lr,
+        "weight_decay": optim.weight_decay,
+        "momentum": optim.momentum,
+        "warmup_start_lr": optim.warmup_start_lr,
+        "min_lr": optim.min_lr,
+        "warmup_steps": round(optim.warmup_epochs * steps_per_epoch),
+        "num_steps": optim.epochs * steps_per_epoch,
+        "sim_coeff": loss.sim_coeff,
+        "std_coeff": loss.std_coeff,
+        "cov_coeff": loss.cov_coeff,
+        "probe_lr": optim.probe_lr,
+    }
+    scalars = {name: np.float32(value) for name, value in numbers.items()}
+    return HParams(seed=np.uint32(config.meta.seed), **scalars)
+
+
+def changed_keys(stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """'key: stored -> new' for every key that decides what is learnt and differs."""
+    old, new = flatten(stored), flatten(config)
+    lines = []
+    for name in sorted({*old, *new}):
+        if name.startswith(_FREE_ON_RESUME):
+            continue
+        before, after = old.get(name), new.get(name)
+        before = tuple(before) if isinstance(before, list) else before
+        after = tuple(after) if isinstance(after, list) else after
+        if before != after:
+            lines.append(f"{name}: {before} -> {after}")
+    return lines

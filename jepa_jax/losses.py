@@ -1,0 +1,104 @@
+"""Self-supervised losses: two embeddings in, one scalar and its named terms out.
+
+Every loss here has the form `loss(z1, z2, *, ...) -> (loss, terms)` with `z1, z2 [B, D]`, computes
+in float32 whatever the dtype of its input, and returns `terms` unweighted, so that a curve of a
+term can be compared between runs whose coefficients differ.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def invariance_loss(z1: jax.Array, z2: jax.Array) -> jax.Array:
+    """Mean squared difference of two embeddings [B, D], over both axes; a scalar."""
+    return jnp.mean(jnp.square(z1 - z2))
+
+
+def variance_loss(z: jax.Array, *, margin: float = 1.0, eps: float = 1e-4) -> jax.Array:
+    """Hinge on the standard deviation of every dimension (arXiv 2105.04906, eq. 1).
+
+    Args:
+      z: embeddings [B, D], B >= 2.
+      margin: the standard deviation below which a dimension is penalised.
+      eps: added to the variance, so that the gradient of a constant dimension is finite.
+
+    Returns:
+      mean over D of relu(margin - sqrt(var + eps)), the variance with B - 1; a scalar >= 0.
+    """
+    return jnp.mean(jax.nn.relu(margin - jnp.sqrt(jnp.var(z, axis=0, ddof=1) + eps)))
+
+
+def covariance_loss(z: jax.Array) -> jax.Array:
+    """Mean squared off-diagonal entry of the covariance (arXiv 2105.04906, eq. 3).
+
+    The paper divides the sum by D; the reference implementation takes the mean over the D(D - 1)
+    entries, and so does this. Only the Frobenius norm of the covariance and its diagonal are
+    needed, and the norm is the same for Z^T Z and Z Z^T: the smaller of the two is formed.
+
+    Args:
+      z: embeddings [B, D], B >= 2, D >= 2.
+
+    Returns:
+      a scalar >= 0.
+    """
+    num_rows, num_dims = z.shape
+    z = z - jnp.mean(z, axis=0, keepdims=True)
+    gram = (z @ z.T) if num_rows < num_dims else (z.T @ z)
+    norm = jnp.sum(jnp.square(gram / (num_rows - 1)))
+    diagonal = jnp.sum(jnp.square(z), axis=0) / (num_rows - 1)
+    return (norm - jnp.sum(jnp.square(diagonal))) / (num_dims * (num_dims - 1))
+
+
+def paper_cov_coeff(num_dims: int) -> float:
+    """The `cov_coeff` that gives the paper's balance (25 : 25 : 1) when the other two are 1.
+
+    The paper weighs the sum of squared off-diagonal entries divided by D; with the mean over
+    D(D - 1) entries the same weight reads (D - 1) / 25.
+    """
+    return (num_dims - 1) / 25
+
+
+def vicreg_loss(
+    z1: jax.Array,
+    z2: jax.Array,
+    *,
+    sim_coeff: jax.typing.ArrayLike = 1.0,
+    std_coeff: jax.typing.ArrayLike = 1.0,
+    cov_coeff: jax.typing.ArrayLike | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Variance-invariance-covariance regularisation (arXiv 2105.04906, eq. 6).
+
+    Args:
+      z1, z2: embeddings of two views of the same images, [B, D] each.
+      sim_coeff: weight of the invariance term.
+      std_coeff: weight of the variance term, the sum over both views.
+      cov_coeff: weight of the covariance term, the sum over both views of the mean squared
+        off-diagonal entry; None gives the paper's balance, (D - 1) / 25.
+
+    Returns:
+      (loss, terms): a float32 scalar and the unweighted float32 scalars `invariance_loss`,
+      `var_loss` and `cov_loss`.
+
+    Raises:
+      ValueError: if the shapes differ, are not [B, D], or B or D is below 2.
+    """
+    if z1.shape != z2.shape or z1.ndim != 2:
+        raise ValueError(f"z1 and z2 must share one shape [B, D], got {z1.shape} and {z2.shape}")
+    if min(z1.shape) < 2:
+        raise ValueError(f"variance and covariance need B >= 2 and D >= 2, got {z1.shape}")
+    if cov_coeff is None:
+        cov_coeff = paper_cov_coeff(z1.shape[1])
+    z1, z2 = z1.astype(jnp.float32), z2.astype(jnp.float32)
+    # A GPU's default matmul precision would round the covariance but not the diagonal taken off it.
+    with jax.default_matmul_precision("highest"):
+        terms = {
+            "invariance_loss": invariance_loss(z1, z2),
+            "var_loss": variance_loss(z1) + variance_loss(z2),
+            "cov_loss": covariance_loss(z1) + covariance_loss(z2),
+        }
+    loss = (
+        sim_coeff * terms["invariance_loss"]
+        + std_coeff * terms["var_loss"]
+        + cov_coeff * terms["cov_loss"]
+    )
+    return loss, terms

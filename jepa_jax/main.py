@@ -1,0 +1,113 @@
+"""The command: python -m jepa_jax.main --config=configs/rapid.py --config.optim.lr=0.707
+
+Flags in, one call of `train_and_evaluate`; every error a person can act on is one line on stderr and
+a non-zero exit.
+"""
+
+import os
+import pathlib
+import re
+import signal
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from jepa_jax.config import known_keys, nearest
+from jepa_jax.errors import JepaError
+
+_CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", str(_CONFIGS / "cpu.py"), "The config file; any of its keys is a flag --config.KEY."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    "",
+    "The run's folder. By default config.meta.model_folder, else a folder named after the config "
+    "and the overrides, in $EBJEPA_CKPTS or runs/.",
+)
+_INIT_FROM = flags.DEFINE_string("init_from", "", "Another run's folder, to start from.")
+
+
+def _fail(message: str, exit_code: int = 2) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(exit_code)
+
+
+def _config_argument(argv: Sequence[str]) -> str:
+    for previous, argument in zip(["", *argv], argv, strict=False):
+        if argument.startswith(("--config=", "-config=")):
+            return argument.split("=", 1)[1]
+        if previous in ("--config", "-config"):
+            return argument
+    return str(_CONFIGS / "cpu.py")
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Parses the flags; what absl and ml_collections would show as a traceback is one line."""
+    path = pathlib.Path(_config_argument(argv).split(":")[0])
+    if not path.is_file():
+        near = nearest(path.name, [file.name for file in _CONFIGS.glob("*.py")])
+        _fail(f"config file {path} does not exist{near}")
+    # A config may build on its neighbours as `from configs import rapid`, wherever we are called.
+    sys.path.append(str(path.absolute().parent.parent))
+    try:
+        rest = flags.FLAGS(list(argv))
+        _ = _CONFIG.value
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        _fail(_explain(error, argv))
+    except Exception as error:  # whatever a person's own config file raises
+        _fail(f"config file {path} cannot be run: {type(error).__name__}: {error}".splitlines()[0])
+    if len(rest) > 1:
+        _fail(f"unexpected argument {rest[1]!r}; overrides look like --config.optim.lr=0.3")
+    return rest
+
+
+def _explain(error: Exception, argv: Sequence[str]) -> str:
+    text = " ".join(str(error).split())
+    overrides = [re.match(r"--?config\.([\w.]+)", argument) for argument in argv]
+    for match in filter(None, overrides):
+        if match[1] not in known_keys():
+            return f"config.{match[1]} is not a known key{nearest(match[1], known_keys())}"
+    return text
+
+
+def _default_workdir(config: ConfigDict, argv: Sequence[str]) -> pathlib.Path:
+    """A folder of its own for every set of overrides, so that two experiments do not collide."""
+    if config.meta.model_folder:
+        return pathlib.Path(config.meta.model_folder)
+    name = pathlib.Path(_config_argument(argv)).stem
+    for key in sorted(_CONFIG_overrides()):
+        if not key.startswith(("logging.", "meta.device")):
+            name += f",{key}={_CONFIG_overrides()[key]}"
+    name = re.sub(r"[^\w.,=+-]", "", name)
+    return pathlib.Path(os.environ.get("EBJEPA_CKPTS", "runs")) / name
+
+
+def _CONFIG_overrides() -> dict[str, object]:
+    return config_flags.get_override_values(flags.FLAGS["config"])
+
+
+def _main(argv: Sequence[str]) -> None:
+    del argv
+    logging.set_verbosity(logging.WARNING)
+    config = _CONFIG.value
+    try:
+        from jepa_jax import device
+        from jepa_jax.config import validate
+        from jepa_jax.train import train_and_evaluate
+
+        validate(config)
+        device.select(config.meta.device)
+        workdir = _WORKDIR.value or _default_workdir(config, sys.argv)
+        train_and_evaluate(config, workdir, init_from=_INIT_FROM.value)
+    except JepaError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on from the last checkpoint", 128 + signal.SIGINT)
+
+
+if __name__ == "__main__":
+    app.run(_main, flags_parser=_parse)

@@ -1,0 +1,116 @@
+"""Where a run's numbers go: metrics.jsonl always, TensorBoard and Weights & Biases on request.
+
+One row per epoch, flat, with keys such as `train/loss` and `val/online_probe_acc`.
+"""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from jepa_jax.errors import ConfigError
+
+Row = dict[str, Any]
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """Writes a JSON file whole or not at all: a reader never sees half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[Row]:
+    """The rows of a metrics.jsonl, in order; a last line broken by a crash is left out."""
+    rows: list[Row] = []
+    path = pathlib.Path(path)
+    if not path.exists():
+        return rows
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class MetricsWriter:
+    """Appends rows to `workdir/metrics.jsonl` and passes them on to the trackers asked for.
+
+    Args:
+      workdir: an existing folder.
+      step: rows of later steps are dropped: a run that resumes there will write them again.
+      config: stored with the trackers.
+      wandb: whether to log to Weights & Biases (WANDB_MODE=offline works).
+      tensorboard: whether to write TensorBoard events to `workdir/tensorboard`.
+
+    Raises:
+      ConfigError: if a tracker's package is missing; names the extra that installs it.
+    """
+
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        *,
+        step: int,
+        config: Mapping[str, Any],
+        wandb: bool = False,
+        tensorboard: bool = False,
+    ):
+        self._wandb = _start_wandb(workdir, config) if wandb else None
+        self._tensorboard = _start_tensorboard(workdir) if tensorboard else None
+        path = workdir / "metrics.jsonl"
+        kept = [row for row in read_metrics(path) if row["step"] <= step]
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(partial, path)
+        self._file = path.open("a")
+
+    def write(self, row: Row) -> None:
+        """Appends one row; it needs a `step`. Numbers that are not finite are written as null."""
+        row = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=row["step"])
+        if self._tensorboard is not None:
+            for key, value in numbers.items():
+                self._tensorboard.add_scalar(key, value, row["step"])
+
+    def close(self) -> None:
+        """Flushes and closes every tracker."""
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def _start_wandb(workdir: pathlib.Path, config: Mapping[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError(
+            "config.logging.log_wandb=True needs the package wandb: pip install -e '.[wandb]'"
+        ) from error
+    # The folder's name as the id: a resumed run goes on in the same curve.
+    return wandb.init(
+        project="jepa_jax", dir=workdir, id=workdir.name, resume="allow", config=dict(config)
+    )
+
+
+def _start_tensorboard(workdir: pathlib.Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "config.logging.log_tensorboard=True needs the package tensorboardX: "
+            "pip install -e '.[tensorboard]'"
+        ) from error
+    return SummaryWriter(str(workdir / "tensorboard"))

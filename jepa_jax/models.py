@@ -1,0 +1,248 @@
+"""Flax encoders and projector, and the two-function seam through which training sees any model.
+
+Images are NHWC floats, normalised by the caller; representations `h [B, F]` and embeddings
+`z [B, D]` are float32 whatever the compute dtype.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jepa_jax.augment import to_float
+
+# Channel means and standard deviations of CIFAR-10's training images, as the reference has them.
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2023, 0.1994, 0.2010)
+
+
+def _torch_uniform(fan_in: int) -> Callable[..., jax.Array]:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the default of PyTorch's Linear and Conv2d."""
+    bound = fan_in**-0.5
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def _fan_out_normal(key, shape, dtype=jnp.float32):
+    """N(0, 2 / fan_out), not truncated: torchvision's ResNet convolutions."""
+    fan_out = shape[0] * shape[1] * shape[3]
+    return jax.random.normal(key, shape, dtype) * jnp.sqrt(jnp.asarray(2.0 / fan_out, dtype))
+
+
+def _batch_norm(train: bool, dtype: Any) -> Callable[..., nn.Module]:
+    return functools.partial(
+        nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype
+    )
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a skip (arXiv 1512.03385); the first may stride."""
+
+    width: int
+    stride: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        # (1, 1) on each side at every stride, as PyTorch pads; 'SAME' would pad strided ones less.
+        conv3x3 = functools.partial(
+            nn.Conv,
+            self.width,
+            (3, 3),
+            padding=1,
+            use_bias=False,
+            kernel_init=_fan_out_normal,
+            dtype=self.dtype,
+        )
+        norm = _batch_norm(train, self.dtype)
+        skip = x
+        if self.stride != 1 or x.shape[-1] != self.width:
+            skip = nn.Conv(
+                self.width,
+                (1, 1),
+                strides=self.stride,
+                use_bias=False,
+                kernel_init=_fan_out_normal,
+                dtype=self.dtype,
+                name="skip_conv",
+            )(x)
+            skip = norm(name="skip_norm")(skip)
+        x = nn.relu(norm()(conv3x3(strides=self.stride)(x)))
+        x = norm()(conv3x3()(x))
+        return nn.relu(x + skip)
+
+
+class ResNet(nn.Module):
+    """ResNet for small images: a 3x3 stem, no max-pool, basic blocks, average pooling, no head.
+
+    Stage i has `stage_sizes[i]` blocks of `width * 2**i` channels and halves the map from the
+    second stage on; F = width * 2**(num_stages - 1).
+
+    Attributes:
+      stage_sizes: blocks per stage; (2, 2, 2, 2) is ResNet-18.
+      width: channels of the first stage.
+      stem_stride: 1 as usual on CIFAR; 2 makes every map four times smaller.
+      stem_padding: 1 is the community's CIFAR stem; the reference pads 2, which gives 34x34 maps.
+      dtype: of the computation; parameters and BatchNorm's statistics are float32.
+    """
+
+    stage_sizes: Sequence[int] = (2, 2, 2, 2)
+    width: int = 64
+    stem_stride: int = 1
+    stem_padding: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Normalised images [B, H, W, 3] to representations h [B, F], float32."""
+        x = nn.Conv(
+            self.width,
+            (3, 3),
+            strides=self.stem_stride,
+            padding=self.stem_padding,
+            use_bias=False,
+            kernel_init=_torch_uniform(3 * 3 * x.shape[-1]),
+            dtype=self.dtype,
+            name="stem_conv",
+        )(x.astype(self.dtype))
+        x = nn.relu(_batch_norm(train, self.dtype)(name="stem_norm")(x))
+        for stage, num_blocks in enumerate(self.stage_sizes):
+            for block in range(num_blocks):
+                stride = 2 if stage > 0 and block == 0 else 1
+                x = BasicBlock(
+                    self.width * 2**stage, stride, self.dtype, name=f"stage{stage}_block{block}"
+                )(x, train)
+        return jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+
+
+ResNet18 = functools.partial(ResNet, stage_sizes=(2, 2, 2, 2), width=64)
+
+
+class Projector(nn.Module):
+    """MLP from h [B, F] to z [B, D]: Linear, BatchNorm, ReLU twice, then Linear; z is float32."""
+
+    hidden_dim: int = 2048
+    output_dim: int = 2048
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, h: jax.Array, train: bool = False) -> jax.Array:
+        x = h.astype(self.dtype)
+        for layer, dim in enumerate((self.hidden_dim, self.hidden_dim, self.output_dim)):
+            init = _torch_uniform(x.shape[-1])
+            x = nn.Dense(dim, kernel_init=init, bias_init=init, dtype=self.dtype)(x)
+            if layer < 2:
+                x = nn.relu(_batch_norm(train, self.dtype)()(x))
+        return x.astype(jnp.float32)
+
+
+class ImageJEPA(nn.Module):
+    """An encoder and a projector: images [B, H, W, 3] to (h [B, F], z [B, D]).
+
+    Without a projector, z is h.
+    """
+
+    encoder: nn.Module
+    projector: nn.Module | None = None
+
+    def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
+        h = self.encoder(x, train)
+        return h, (h if self.projector is None else self.projector(h, train))
+
+
+class ModelFns(NamedTuple):
+    """What training needs of a model; any framework that can supply the pair can be trained.
+
+    init(key, images) -> variables, a dict with 'params' and, where there are any, 'batch_stats'.
+    apply(variables, images, train) -> ((h, z), batch_stats): the statistics are the updated ones
+      when `train`, else those that came in. Images are normalised floats [B, H, W, 3].
+    """
+
+    init: Callable[[jax.Array, jax.Array], dict[str, Any]]
+    apply: Callable[[dict[str, Any], jax.Array, bool], tuple[Any, Any]]
+
+
+def linen_model(module: nn.Module) -> ModelFns:
+    """The pair of functions of a Flax Linen module called as `module(images, train)`."""
+
+    def init(key, images):
+        return module.init(key, images, False)
+
+    def apply(variables, images, train):
+        if not train:
+            return module.apply(variables, images, False), variables.get("batch_stats", {})
+        output, updates = module.apply(variables, images, True, mutable=["batch_stats"])
+        return output, updates.get("batch_stats", {})
+
+    return ModelFns(init, apply)
+
+
+def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """(images - mean) / std per channel, for uint8 images or floats in [0, 1]; float32."""
+    shape = (1,) * (images.ndim - 1) + (-1,)
+    mean = jnp.asarray(mean, jnp.float32).reshape(shape)
+    std = jnp.asarray(std, jnp.float32).reshape(shape)
+    return (to_float(images) - mean) / std
+
+
+class Encoder(NamedTuple):
+    """A model as evaluation sees it: raw images in, representations out, normalisation inside."""
+
+    model: ModelFns
+    mean: tuple[float, ...] = CIFAR10_MEAN
+    std: tuple[float, ...] = CIFAR10_STD
+
+    def normalize(self, images: jax.Array) -> jax.Array:
+        """uint8 or [0, 1] images to what the model takes."""
+        return normalize(images, self.mean, self.std)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def apply(self, variables: dict[str, Any], images: jax.Array) -> jax.Array:
+        """uint8 or [0, 1] images [B, H, W, 3] to h [B, F], by the running statistics."""
+        (h, _), _ = self.model.apply(variables, self.normalize(images), False)
+        return h
+
+
+def patch_whitening_kernel(
+    images: jax.Array, num_filters: int, *, patch_size: int = 3, eps: float = 1e-2
+) -> jax.Array:
+    """A stem kernel that whitens image patches: their covariance's eigenvectors with both signs.
+
+    The leading num_filters / 2 eigenvectors, each divided by the square root of its eigenvalue
+    plus `eps`, and their negatives (so that a ReLU loses nothing), as the initial value of a
+    stem convolution.
+
+    Args:
+      images: normalised floats [N, H, W, C]; some 2,000 suffice.
+      num_filters: even, at most 2 * patch_size**2 * C.
+
+    Returns:
+      kernel [patch_size, patch_size, C, num_filters].
+
+    Raises:
+      ValueError: if there are not enough eigenvectors, or num_filters is odd.
+    """
+    channels = images.shape[-1]
+    num_dims = patch_size * patch_size * channels
+    if num_filters % 2 or num_filters > 2 * num_dims:
+        raise ValueError(
+            f"a whitening stem has an even number of filters, at most {2 * num_dims}; "
+            f"got {num_filters}"
+        )
+    patches = jax.lax.conv_general_dilated_patches(
+        images, (patch_size, patch_size), (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    ).reshape(-1, num_dims)
+    patches = patches - jnp.mean(patches, axis=0, keepdims=True)
+    eigenvalues, eigenvectors = jnp.linalg.eigh(patches.T @ patches / patches.shape[0])
+    leading = slice(None, -num_filters // 2 - 1, -1)
+    filters = eigenvectors[:, leading] / jnp.sqrt(eigenvalues[leading] + eps)[None, :]
+    kernel = jnp.concatenate([filters, -filters], axis=1)
+    # conv_general_dilated_patches orders a patch channel first: C, then rows, then columns.
+    kernel = kernel.reshape(channels, patch_size, patch_size, num_filters)
+    return kernel.transpose(1, 2, 0, 3)

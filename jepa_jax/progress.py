@@ -1,0 +1,109 @@
+"""What a person sees of a run: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Mapping
+
+import tqdm
+
+
+def duration(seconds: float) -> str:
+    """'42 s', '3 min 20 s' or '2 h 05 min'."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def say(text: str) -> None:
+    """Prints a line above any progress bar, at once."""
+    tqdm.tqdm.write(text)
+    sys.stdout.flush()
+
+
+class Progress:
+    """Shows the steps of a run as they are done.
+
+    Args:
+      first_step: where this process starts; not 0 after a resume.
+      num_steps: of the whole run.
+      batch_size: images per step.
+      silent: no bar.
+    """
+
+    def __init__(self, first_step: int, num_steps: int, batch_size: int, *, silent: bool):
+        self._num_steps, self._batch_size = num_steps, batch_size
+        # disable=None: no bar where stderr is not a terminal.
+        self._bar = tqdm.tqdm(
+            total=num_steps,
+            initial=first_step,
+            unit="step",
+            disable=True if silent else None,
+            dynamic_ncols=True,
+        )
+        self._shown: dict[str, str] = {}
+        self._announced = False
+
+    def update(self, num_steps: int, seconds: float, loss: float) -> None:
+        """Counts `num_steps` more steps that took `seconds`, the last with this loss."""
+        speed = num_steps * self._batch_size / max(seconds, 1e-9)
+        self._show(loss=f"{loss:.4f}", images_per_s=f"{speed:.0f}")
+        self._bar.update(num_steps)
+
+    def expect(self, steps_done: int, seconds: float, steps_left: int) -> None:
+        """Says once, after the first steps, how long the training will take."""
+        if not self._announced:
+            self._announced = True
+            left = steps_left * seconds / max(steps_done, 1)
+            say(f"expected  {duration(left)} of training from here")
+
+    def epoch(self, row: Mapping[str, float], num_epochs: int, *, as_line: bool) -> None:
+        """Shows an epoch's row on the bar and, where asked, as a line."""
+        test = row.get("test/online_probe_acc")
+        if test is not None:
+            self._show(acc=f"{test:.1%}")
+        if as_line:
+            parts = [f"epoch {row['epoch']}/{num_epochs}", f"loss {row['train/loss']:.4f}"]
+            for name in ("invariance_loss", "var_loss", "cov_loss"):
+                if f"train/{name}" in row:
+                    parts.append(f"{name.removesuffix('_loss')} {row[f'train/{name}']:.4f}")
+            for split in ("val", "test"):
+                if f"{split}/online_probe_acc" in row:
+                    parts.append(f"{split} acc {row[f'{split}/online_probe_acc']:.1%}")
+            parts.append(f"{row['images_per_second']:.0f} images/s")
+            say("  ".join(parts))
+
+    def close(self) -> None:
+        """Ends the bar's line."""
+        self._bar.close()
+
+    def _show(self, **values: str) -> None:
+        self._shown.update(values)
+        self._bar.set_postfix(self._shown, refresh=False)
+
+
+class Stopwatch:
+    """Seconds of several stretches, added up, those of earlier processes included."""
+
+    def __init__(self, seconds: float = 0.0):
+        self._total, self._start = seconds, None
+
+    def start(self) -> None:
+        """Begins a stretch."""
+        self._start = time.perf_counter()
+
+    def stop(self) -> None:
+        """Ends the stretch, if one is under way."""
+        self._total, self._start = self.seconds, None
+
+    def add(self, seconds: float) -> None:
+        """Counts an earlier process's seconds."""
+        self._total += seconds
+
+    @property
+    def seconds(self) -> float:
+        """The total so far."""
+        running = time.perf_counter() - self._start if self._start is not None else 0.0
+        return self._total + running

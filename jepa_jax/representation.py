@@ -1,0 +1,113 @@
+"""From an encoder and images to features and probe accuracies."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jepa_jax.data import Dataset
+from jepa_jax.models import Encoder, ModelFns
+from jepa_jax.probes import ridge_probe
+
+_CHUNK = 500
+
+
+def extract_features(
+    apply: Callable[[Any, jax.Array], jax.Array], variables: Any, images: Any
+) -> jax.Array:
+    """Representations of many images, in chunks of one compiled size.
+
+    Args:
+      apply: (variables, images [B, H, W, C]) -> h [B, F].
+      variables: passed through.
+      images: anything of length N that slices to uint8 arrays [n, H, W, C].
+
+    Returns:
+      h [N, F] on the device.
+    """
+    chunks = []
+    for start in range(0, len(images), _CHUNK):
+        chunk = np.asarray(images[start : start + _CHUNK])
+        count = len(chunk)
+        if start and count < _CHUNK:
+            chunk = np.concatenate([chunk, np.repeat(chunk[-1:], _CHUNK - count, axis=0)])
+        chunks.append(apply(variables, jax.device_put(chunk))[:count])
+    return jnp.concatenate(chunks)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _batch_moments(model: ModelFns, variables, images):
+    stats = variables["batch_stats"]
+
+    def updated(fill):
+        filled = jax.tree.map(lambda s: jnp.full_like(s, fill), stats)
+        return model.apply({**variables, "batch_stats": filled}, images, True)[1]
+
+    # A running average is linear in its old value, r -> decay * r + (1 - decay) * batch; two old
+    # values give both unknowns. The forward pass does not read r, so XLA runs it once.
+    from_zero, from_one = updated(0.0), updated(1.0)
+    return jax.tree.map(lambda zero, one: zero / (1.0 - (one - zero)), from_zero, from_one)
+
+
+def reestimate_batch_stats(encoder: Encoder, variables: Any, images: Any) -> Any:
+    """BatchNorm statistics of clean images in place of the running ones of augmented views.
+
+    The running statistics follow augmented views of the last few steps (and are the initial 0 and
+    1 in a network that was never trained): evaluation on clean images reads features through
+    statistics of the same images, the trained and the untrained network alike.
+
+    Args:
+      encoder: the model and its normalisation.
+      variables: {'params', 'batch_stats'}.
+      images: uint8 [N, H, W, C]; moments are averaged over chunks of 500.
+
+    Returns:
+      variables with new 'batch_stats'.
+    """
+    if not jax.tree.leaves(variables.get("batch_stats", {})):
+        return variables
+    chunks = [
+        _batch_moments(encoder.model, variables, encoder.normalize(jax.device_put(images[i:j])))
+        for i, j in _full_chunks(len(images))
+    ]
+    mean = jax.tree.map(lambda *moments: sum(moments) / len(moments), *chunks)
+    return {**variables, "batch_stats": mean}
+
+
+def _full_chunks(count: int) -> list[tuple[int, int]]:
+    size = min(count, _CHUNK)
+    return [(start, start + size) for start in range(0, count - size + 1, size)]
+
+
+def split_validation(dataset: Dataset, num_val: int) -> tuple[slice, slice]:
+    """(train, val): the last `num_val` training images are held out from every probe."""
+    boundary = len(dataset.train_images) - num_val
+    return slice(0, boundary), slice(boundary, boundary + num_val)
+
+
+def evaluate_ridge(
+    encoder: Encoder, variables: Any, dataset: Dataset, *, num_val: int
+) -> dict[str, float]:
+    """Ridge probe of frozen features: fitted on the training split, lambda chosen on validation.
+
+    Returns:
+      {'lambda', 'val_acc', 'test_acc', 'feature_dim'}, accuracies in [0, 1]; no 'test_acc' when the
+      dataset has no labelled test split.
+    """
+    train, val = split_validation(dataset, num_val)
+    features = extract_features(encoder.apply, variables, dataset.train_images)
+    labels = np.asarray(dataset.train_labels)
+    test = None
+    if dataset.test_labels is not None:
+        test_features = extract_features(encoder.apply, variables, dataset.test_images)
+        test = (test_features, jnp.asarray(dataset.test_labels))
+    result = ridge_probe(
+        (features[train], jnp.asarray(labels[train])),
+        (features[val], jnp.asarray(labels[val])),
+        test,
+        num_classes=dataset.num_classes,
+    )
+    return {**result, "feature_dim": features.shape[1]}

@@ -1,0 +1,729 @@
+"""The host loop: reads a config, trains, evaluates, writes files. It holds no maths.
+
+`train_and_evaluate` reads top to bottom: check, data, model, state (fresh or resumed), compile,
+epochs, final evaluation. Everything it decides is a function of the config, never of the clock, so
+that a resumed run ends in the same state as one that was never interrupted.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import pathlib
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from jepa_jax import checkpoint, device
+from jepa_jax.augment import two_views
+from jepa_jax.config import changed_keys, compute_dtype, hparams_from, validate
+from jepa_jax.data import (
+    Dataset,
+    choose_placement,
+    epoch_order,
+    load_dataset,
+    stream_batches,
+    take,
+)
+from jepa_jax.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from jepa_jax.metrics import MetricsWriter, write_json
+from jepa_jax.models import (
+    Encoder,
+    ImageJEPA,
+    ModelFns,
+    Projector,
+    ResNet,
+    linen_model,
+    patch_whitening_kernel,
+)
+from jepa_jax.probes import accuracy
+from jepa_jax.progress import Progress, Stopwatch, duration, say
+from jepa_jax.representation import (
+    evaluate_ridge,
+    extract_features,
+    reestimate_batch_stats,
+    split_validation,
+)
+from jepa_jax.train_step import (
+    AugmentFn,
+    HParams,
+    LossFn,
+    TrainState,
+    create_train_state,
+    make_train_epoch,
+    make_train_step,
+    probe_logits,
+    stream_key,
+    vicreg,
+)
+
+SCHEMA_VERSION = 1
+# Enough clean images for BatchNorm's moments and a stem's eigenvectors, cheap on any machine.
+_NUM_CLEAN_IMAGES = 2000
+# Steps of one scanned program: long enough to hide the dispatch, short enough for a live bar.
+_SCAN_STEPS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """All that is fixed before the first step."""
+
+    config: ConfigDict
+    workdir: pathlib.Path
+    dataset: Dataset
+    encoder: Encoder
+    hparams: HParams
+    steps_per_epoch: int
+    placement: str
+    scan_steps: int
+    augment_fn: AugmentFn
+    loss_fn: LossFn
+    init_from: str
+    custom: dict[str, str]
+
+    @property
+    def num_epochs(self) -> int:
+        return self.config.optim.epochs
+
+    @property
+    def num_steps(self) -> int:
+        return self.num_epochs * self.steps_per_epoch
+
+    @property
+    def has_labels(self) -> bool:
+        return self.dataset.train_labels is not None
+
+
+def create_encoder(config: ConfigDict, encoder: nn.Module | ModelFns | None = None) -> Encoder:
+    """The model that a config describes, with its normalisation.
+
+    Args:
+      config: see `configs/`.
+      encoder: in place of the config's: a Linen module called as encoder(images, train) -> h
+        [B, F], to which the config's projector is added, or a whole `ModelFns`.
+    """
+    if not isinstance(encoder, ModelFns):
+        dtype, model = compute_dtype(config), config.model
+        if encoder is None:
+            encoder = ResNet(
+                stage_sizes=tuple(model.stage_sizes),
+                width=model.width,
+                stem_stride=model.stem_stride,
+                stem_padding=model.stem_padding,
+                dtype=dtype,
+            )
+        projector = None
+        if model.use_projector:
+            projector = Projector(model.proj_hidden_dim, model.proj_output_dim, dtype)
+        encoder = linen_model(ImageJEPA(encoder, projector))
+    return Encoder(encoder, tuple(config.data.mean), tuple(config.data.std))
+
+
+def _name_of(thing: Any) -> str:
+    kind = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _check_sizes(config: ConfigDict, dataset: Dataset) -> None:
+    num_train, batch_size = len(dataset.train_images), config.data.batch_size
+    if batch_size > num_train:
+        raise ConfigError(
+            f"config.data.batch_size ({batch_size}) is larger than the {num_train} training images "
+            f"of {dataset.name}"
+        )
+    if dataset.train_labels is not None and config.data.num_val >= num_train:
+        raise ConfigError(
+            f"config.data.num_val ({config.data.num_val}) leaves none of the {num_train} training "
+            f"images of {dataset.name} to the probes"
+        )
+
+
+def _make_plan(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from) -> _Plan:
+    if dataset is None:
+        dataset = load_dataset(
+            config.data.dataset,
+            data_dir=config.data.data_dir,
+            lazy=config.data.placement == "stream",
+            num_workers=config.data.num_workers,
+        )
+    _check_sizes(config, dataset)
+    num_bytes = len(dataset.train_images) * math.prod(dataset.image_shape)
+    placement = choose_placement(config.data.placement, num_bytes)
+    scan_steps = config.training.scan_steps
+    if placement == "stream":
+        if scan_steps > 1:
+            raise ConfigError("config.training.scan_steps > 1 needs config.data.placement=device")
+        scan_steps = 1
+    elif not scan_steps:
+        # On the CPU a convolution inside a scan takes a path some 60 times slower.
+        scan_steps = 1 if jax.default_backend() == "cpu" else _SCAN_STEPS
+    steps_per_epoch = len(dataset.train_images) // config.data.batch_size
+    given = {"loss_fn": loss_fn, "encoder": encoder, "augment_fn": augment_fn}
+    return _Plan(
+        config=config,
+        workdir=workdir,
+        dataset=dataset,
+        encoder=create_encoder(config, encoder),
+        hparams=jax.device_put(hparams_from(config, steps_per_epoch)),
+        steps_per_epoch=steps_per_epoch,
+        placement=placement,
+        scan_steps=min(scan_steps, steps_per_epoch),
+        augment_fn=augment_fn or two_views,
+        loss_fn=loss_fn or vicreg,
+        init_from=init_from or "",
+        custom={name: _name_of(thing) for name, thing in given.items() if thing is not None},
+    )
+
+
+def _initial_state(plan: _Plan) -> TrainState:
+    """The untrained state: a function of the seed and, for a whitening stem, of the images."""
+    create = functools.partial(
+        create_train_state,
+        plan.encoder.model,
+        image_shape=plan.dataset.image_shape,
+        num_classes=plan.dataset.num_classes if plan.has_labels else 0,
+        optimizer=plan.config.optim.name,
+    )
+    state = jax.jit(create)(plan.hparams)
+    if plan.config.model.stem_init == "whitening" and "encoder" not in plan.custom:
+        kernel = state.params["encoder"]["stem_conv"]["kernel"]
+        images = plan.encoder.normalize(jnp.asarray(_clean_images(plan)))
+        state.params["encoder"]["stem_conv"]["kernel"] = patch_whitening_kernel(
+            images, kernel.shape[-1]
+        )
+    return state
+
+
+def _clean_images(plan: _Plan) -> np.ndarray:
+    return np.asarray(plan.dataset.train_images[:_NUM_CLEAN_IMAGES])
+
+
+# --- resume -----------------------------------------------------------------------------------
+
+
+def _new_progress() -> dict[str, Any]:
+    return {
+        "epoch": 0,
+        "sums": {},
+        "count": 0,
+        "best_val_acc": -1.0,
+        "best_epoch": 0,
+        "train_seconds": 0.0,
+        "total_seconds": 0.0,
+    }
+
+
+def _claim_workdir(plan: _Plan) -> None:
+    """Stores what the run is, or checks that the run stored there is this one."""
+    path = plan.workdir / "config.json"
+    identity = {
+        "config": json.loads(plan.config.to_json()),
+        "dataset": {
+            "name": plan.dataset.name,
+            "num_train": len(plan.dataset.train_images),
+            "image_shape": list(plan.dataset.image_shape),
+        },
+        "custom": plan.custom,
+        "init_from": plan.init_from,
+    }
+    if path.exists():
+        stored = json.loads(path.read_text())
+        changed = changed_keys(
+            {**stored["config"], **{k: stored[k] for k in identity if k != "config"}},
+            {**identity["config"], **{k: identity[k] for k in identity if k != "config"}},
+        )
+        if changed:
+            raise CheckpointError(
+                f"{plan.workdir} holds a run of another config ({'; '.join(changed)}): give "
+                f"another --workdir, and --init_from={plan.workdir} to start from its parameters"
+            )
+        return
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    environment = {
+        "python": platform.python_version(),
+        **versions,
+        "device": device.describe(),
+    }
+    write_json(path, {**identity, "schema_version": SCHEMA_VERSION, "environment": environment})
+
+
+def _resume(plan: _Plan, checkpoints: checkpoint.Checkpoints):
+    """(state, progress): from the latest checkpoint, from another run's parameters, or fresh."""
+    state = _initial_state(plan)
+    step = checkpoints.latest_step()
+    if step is not None:
+        return checkpoints.restore(step, state)
+    if plan.init_from:
+        state = _with_parameters_of(pathlib.Path(plan.init_from), state)
+    return state, _new_progress()
+
+
+def _with_parameters_of(workdir: pathlib.Path, state: TrainState) -> TrainState:
+    if not (workdir / "checkpoints").is_dir():
+        raise CheckpointError(f"--init_from={workdir} holds no checkpoints")
+    with contextlib.closing(checkpoint.Checkpoints(workdir, read_only=True)) as source:
+        step = source.latest_step()
+        if step is None:
+            raise CheckpointError(f"--init_from={workdir} holds no checkpoint")
+        stored, _ = source.restore(step)
+    given = {"params": stored["params"], "batch_stats": stored["batch_stats"] or {}}
+    wanted = {"params": state.params, "batch_stats": state.batch_stats}
+
+    def shapes(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
+
+    if shapes(given) != shapes(wanted):
+        differing = sorted(set(shapes(given).items()) ^ set(shapes(wanted).items()))
+        raise CheckpointError(
+            f"--init_from={workdir} holds another model; the first difference is "
+            f"{differing[0][0]} {differing[0][1]}"
+        )
+    given = jax.tree.map(jnp.asarray, given)
+    return dataclasses.replace(state, **given)
+
+
+# --- steps ------------------------------------------------------------------------------------
+
+
+def _check_memory(plan: _Plan, compiled: jax.stages.Compiled) -> None:
+    """Refuses, before the first step, a program that needs more memory than the device has."""
+    stats = compiled.memory_analysis()
+    if stats is None:
+        return
+    held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    needed, limit = held + stats.temp_size_in_bytes, device.memory_limit()
+    if needed > limit:
+        batch_size = plan.config.data.batch_size
+        fitting = int(0.9 * (limit - held) / (stats.temp_size_in_bytes / batch_size))
+        advice = f"config.data.batch_size={fitting} fits" if fitting >= 2 else "use a smaller model"
+        raise ConfigError(
+            f"this model at config.data.batch_size={batch_size} needs {needed / 2**30:.1f} GiB and "
+            f"the device has {limit / 2**30:.1f} GiB: {advice}"
+        )
+
+
+class _Stepper:
+    """The compiled step over this plan's data; one compilation, whatever it is asked to run."""
+
+    def __init__(self, plan: _Plan, state: TrainState):
+        self._plan = plan
+        self._labels = _training_labels(plan)
+        train_step = make_train_step(
+            plan.encoder.model,
+            augment_fn=plan.augment_fn,
+            mean=plan.encoder.mean,
+            std=plan.encoder.std,
+            loss_fn=plan.loss_fn,
+            optimizer=plan.config.optim.name,
+        )
+        batch_size, image_shape = plan.config.data.batch_size, plan.dataset.image_shape
+        if plan.placement == "device":
+            images = jax.device_put(np.asarray(plan.dataset.train_images[:]))
+            self._resident = (images, jax.device_put(self._labels))
+        if plan.scan_steps > 1:
+            num_pieces = math.ceil(plan.steps_per_epoch / plan.scan_steps)
+            self._piece = math.ceil(plan.steps_per_epoch / num_pieces)
+            indices = jax.ShapeDtypeStruct((self._piece, batch_size), jnp.int32)
+            function, inputs = make_train_epoch(train_step), (*self._resident, indices)
+        else:
+            images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8)
+            labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+            function, inputs = train_step, (images, labels)
+        jitted = jax.jit(function, donate_argnums=0)
+        self._program = jitted.lower(state, *inputs, plan.hparams).compile()
+        _check_memory(plan, self._program)
+
+    def run(self, state: TrainState, order: np.ndarray) -> Iterator[tuple[TrainState, Any, int]]:
+        """Yields (state, metrics of the newest steps, how many steps) until `order` is used up.
+
+        The state given is donated; only the newest one yielded is alive.
+        """
+        if self._plan.scan_steps > 1:
+            yield from self._run_scanned(state, order)
+            return
+        for images, labels in self._batches(order):
+            state, metrics = self._program(state, images, labels, self._plan.hparams)
+            yield state, metrics, 1
+
+    def _run_scanned(self, state, order):
+        for start in range(0, len(order), self._piece):
+            rows = order[start : start + self._piece]
+            padded = np.full((self._piece, order.shape[1]), -1, np.int32)
+            padded[: len(rows)] = rows
+            state, metrics = self._program(
+                state, *self._resident, jax.device_put(padded), self._plan.hparams
+            )
+            yield state, metrics, len(rows)
+
+    def _batches(self, order):
+        if self._plan.placement == "stream":
+            yield from stream_batches(self._plan.dataset.train_images, self._labels, order)
+            return
+        for row in order:
+            yield take(*self._resident, jax.device_put(row))
+
+
+def _training_labels(plan: _Plan) -> np.ndarray:
+    """Labels for the online probe: -1, no label, for the images held out for validation."""
+    num_train = len(plan.dataset.train_images)
+    if not plan.has_labels:
+        return np.full(num_train, -1, np.int32)
+    labels = np.array(plan.dataset.train_labels, np.int32)
+    _, val = split_validation(plan.dataset, plan.config.data.num_val)
+    labels[val] = -1
+    return labels
+
+
+def _check_finite(metrics: dict[str, np.ndarray], last_step: int, count: int) -> None:
+    """Raises TrainingError that names the first step and term that is NaN or infinite."""
+    watched = [name for name in metrics if name.endswith("_loss") and name != "probe_loss"]
+    for name in [*watched, "loss", "grad_norm"]:
+        bad = np.flatnonzero(~np.isfinite(metrics[name]))
+        if bad.size:
+            raise TrainingError(
+                f"{name} became {metrics[name][bad[0]]} at step {last_step - count + bad[0]}: "
+                "try a lower config.optim.lr; the last good checkpoint is untouched"
+            )
+
+
+class _StopRequest:
+    """Turns SIGINT and SIGTERM into a flag while `deferring`, else into Interrupted at once."""
+
+    def __init__(self):
+        self.signal_number = 0
+        self.deferring = False
+
+    def handle(self, signal_number: int, frame: Any) -> None:
+        del frame
+        if self.deferring and not self.signal_number:
+            self.signal_number = signal_number
+            return
+        raise Interrupted("interrupted; the same command goes on from here", signal_number)
+
+
+@contextlib.contextmanager
+def _stop_on_signals() -> Iterator[_StopRequest]:
+    request = _StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request  # Python allows handlers in the main thread alone
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, request.handle) for number in numbers]
+    try:
+        yield request
+    finally:
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)
+
+
+def _train_epoch(plan, stepper, state, progress, bar, stop, clock) -> TrainState:
+    """Runs what is left of an epoch, adding its metrics to `progress`; returns early on a stop."""
+    key = stream_key(plan.hparams.seed, "order", np.uint32(progress["epoch"]))
+    order = epoch_order(key, len(plan.dataset.train_images), plan.config.data.batch_size)
+    order = jax.device_get(order)[progress["count"] :]
+
+    def collect(metrics, count):
+        metrics = {name: np.atleast_1d(v)[:count] for name, v in jax.device_get(metrics).items()}
+        progress["count"] += count
+        done = progress["epoch"] * plan.steps_per_epoch + progress["count"]
+        _check_finite(metrics, done, count)
+        for name, values in metrics.items():
+            # One at a time, so that the sum does not depend on where a run was interrupted.
+            for value in values:
+                progress["sums"][name] = progress["sums"].get(name, 0.0) + float(value)
+        progress["last_lr"] = float(metrics["lr"][-1])
+        nonlocal last
+        now = time.perf_counter()
+        bar.update(count, now - last, float(metrics["loss"][-1]))
+        bar.expect(count, now - last, plan.num_steps - done)
+        last = now
+
+    clock.start()
+    last = time.perf_counter()
+    # The metrics of one piece are fetched while the next one runs: the device never waits.
+    pending = None
+    with contextlib.closing(stepper.run(state, order)) as pieces:
+        for state, metrics, count in pieces:
+            if pending is not None:
+                collect(*pending)
+            pending = (metrics, count)
+            if stop.signal_number:
+                break
+    if pending is not None:
+        collect(*pending)
+    clock.stop()
+    return state
+
+
+# --- evaluation and files ---------------------------------------------------------------------
+
+
+def _variables(state: TrainState) -> dict[str, Any]:
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def _online_probe(plan: _Plan, state: TrainState) -> dict[str, float]:
+    """Accuracy of the online probe, by the running statistics, on every labelled split."""
+    if not plan.has_labels:
+        return {}
+    dataset = plan.dataset
+    _, val = split_validation(dataset, plan.config.data.num_val)
+    splits = {"val": (dataset.train_images[val], dataset.train_labels[val])}
+    if dataset.test_labels is not None:
+        splits["test"] = (dataset.test_images, dataset.test_labels)
+    row = {}
+    for split, (images, labels) in splits.items():
+        h = extract_features(plan.encoder.apply, _variables(state), images)
+        logits = probe_logits(state.probe.params, h)
+        row[f"{split}/online_probe_acc"] = float(accuracy(logits, jnp.asarray(labels)))
+    return row
+
+
+def _finish_epoch(plan, state, progress, writer, bar, clock, session) -> dict[str, float]:
+    """Evaluates, writes the epoch's row, and turns `progress` to the next epoch."""
+    means = {name: total / progress["count"] for name, total in progress["sums"].items()}
+    means["lr"] = progress.pop("last_lr")
+    images = progress["count"] * plan.config.data.batch_size
+    seconds = clock.seconds - progress["train_seconds"]
+    progress.update(epoch=progress["epoch"] + 1, sums={}, count=0, train_seconds=clock.seconds)
+    row = {
+        "step": progress["epoch"] * plan.steps_per_epoch,
+        "epoch": progress["epoch"],
+        **{f"train/{name}": value for name, value in means.items()},
+        **_online_probe(plan, state),
+        "images_per_second": images / seconds,
+        "train_seconds": clock.seconds,
+        "total_seconds": session.seconds,
+    }
+    val_acc = row.get("val/online_probe_acc")
+    if val_acc is not None and val_acc > progress["best_val_acc"]:
+        progress.update(best_val_acc=val_acc, best_epoch=progress["epoch"])
+    writer.write(row)
+    every = plan.config.logging.log_every
+    is_last = progress["epoch"] == plan.num_epochs
+    bar.epoch(row, plan.num_epochs, as_line=is_last or progress["epoch"] % every == 0)
+    return row
+
+
+def _is_over(plan: _Plan, progress: dict[str, Any]) -> bool:
+    patience = plan.config.training.early_stop_epochs
+    stale = progress["epoch"] - progress["best_epoch"]
+    return progress["epoch"] >= plan.num_epochs or (0 < patience <= stale and plan.has_labels)
+
+
+def params_digest(params: Any) -> str:
+    """SHA-256 over the parameters' names and bytes, in the tree's own order."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def _evaluate_final(plan: _Plan, state: TrainState, progress, session) -> dict[str, Any]:
+    """Ridge probes of the last step and of the untrained network; writes `encoder/`, summary."""
+    say("evaluating the last step and the same network untrained by ridge probe ...")
+    images = _clean_images(plan)
+    trained = reestimate_batch_stats(plan.encoder, _variables(state), images)
+    summary: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
+    if plan.has_labels:
+        untrained = reestimate_batch_stats(
+            plan.encoder, _variables(_initial_state(plan)), images
+        )
+        num_val = plan.config.data.num_val
+        for name, variables in (("", trained), ("untrained_", untrained)):
+            ridge = evaluate_ridge(plan.encoder, variables, plan.dataset, num_val=num_val)
+            summary[f"{name}ridge_probe_acc"] = ridge.get("test_acc")
+            summary[f"val_{name}ridge_probe_acc"] = ridge["val_acc"]
+            summary[f"{name}ridge_lambda"] = ridge["lambda"]
+            summary["feature_dim"] = ridge["feature_dim"]
+        online = _online_probe(plan, state)
+        summary["online_probe_acc"] = online.get("test/online_probe_acc")
+        summary["val_online_probe_acc"] = online["val/online_probe_acc"]
+    steps = int(state.step)
+    checkpoint.save_tree(plan.workdir / "encoder", trained)
+    summary.update(
+        seed=plan.config.meta.seed,
+        steps=steps,
+        epochs=progress["epoch"],
+        train_seconds=progress["train_seconds"],
+        total_seconds=session.seconds,
+        images_per_second=steps * plan.config.data.batch_size / progress["train_seconds"],
+        params_digest=params_digest(state.params),
+    )
+    write_json(plan.workdir / "summary.json", summary)
+    return summary
+
+
+# --- what a person reads ----------------------------------------------------------------------
+
+
+def _print_header(plan: _Plan, state: TrainState, progress: dict[str, Any]) -> None:
+    config, dataset = plan.config, plan.dataset
+    height, width, _ = dataset.image_shape
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    num_test = len(dataset.test_images) if dataset.test_images is not None else 0
+    place = "resident on the device" if plan.placement == "device" else "streamed"
+    loss = config.loss
+    weights = f"{loss.sim_coeff:g}/{loss.std_coeff:g}/{loss.cov_coeff:g}"
+    lines = {
+        "device": device.describe(),
+        "data": f"{dataset.name}, {len(dataset.train_images)} training images of {height}x{width}, "
+        f"{num_test} test images, {place}",
+        "model": f"{plan.custom.get('encoder', config.model.type)}, {parameters:,} parameters, "
+        f"computing in {compute_dtype(config).__name__}",
+        "loss": plan.custom.get("loss_fn", f"{config.loss.type} {weights}"),
+        "optimiser": f"{config.optim.name}, rate {config.optim.lr:g}, batch "
+        f"{config.data.batch_size}, {plan.num_epochs} epochs = {plan.num_steps} steps",
+        "workdir": str(plan.workdir),
+    }
+    if progress["epoch"] or progress["count"]:
+        lines["resumed"] = f"at step {int(state.step)}"
+    elif plan.init_from:
+        lines["init"] = f"parameters of {plan.init_from}"
+    for name, text in lines.items():
+        say(f"{name:<10}{text}")
+    if jax.default_backend() == "cpu" and compute_dtype(config) is jnp.bfloat16:
+        say(f"{'note':<10}bfloat16 is emulated here; config.training.use_amp=False may be faster")
+
+
+def _print_summary(plan: _Plan, summary: dict[str, Any]) -> None:
+    def percent(value):
+        return "-" if value is None else f"{100 * value:.2f} %"
+
+    say("")
+    if plan.has_labels:
+        say(f"{'probe':<26}{'test':>10}{'val':>10}")
+        for label, name in (
+            ("ridge, trained", "ridge_probe_acc"),
+            ("ridge, untrained", "untrained_ridge_probe_acc"),
+            ("online linear, trained", "online_probe_acc"),
+        ):
+            say(f"{label:<26}{percent(summary[name]):>10}{percent(summary['val_' + name]):>10}")
+        say(f"on {summary['feature_dim']} features of the last step; test is shown, never chosen on")
+    say(
+        f"{summary['steps']} steps, {summary['images_per_second']:.0f} images/s, "
+        f"{duration(summary['train_seconds'])} of training, "
+        f"{duration(summary['total_seconds'])} in all"
+    )
+    say(f"written   {plan.workdir}: summary.json, metrics.jsonl, encoder/, checkpoints/")
+
+
+# --- the whole ---------------------------------------------------------------------------------
+
+
+def _prepare_workdir(workdir: str | pathlib.Path) -> pathlib.Path:
+    workdir = pathlib.Path(workdir).expanduser().absolute()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"workdir {workdir} cannot be written: {error.strerror}") from error
+    return workdir
+
+
+def _train(plan, state, progress, checkpoints, session) -> tuple[TrainState, dict[str, Any]]:
+    """The epochs: steps, online evaluation, checkpoints, and a saved stop on a signal."""
+    stepper = _Stepper(plan, state)
+    config = plan.config
+    clock = Stopwatch(progress["train_seconds"])
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(_stop_on_signals())
+        writer = MetricsWriter(
+            plan.workdir,
+            step=int(state.step),
+            config=config.to_dict(),
+            wandb=config.logging.log_wandb,
+            tensorboard=config.logging.log_tensorboard,
+        )
+        stack.callback(writer.close)
+        silent = config.logging.tqdm_silent
+        bar = Progress(int(state.step), plan.num_steps, config.data.batch_size, silent=silent)
+        stack.callback(bar.close)
+        stop.deferring = True
+        while not _is_over(plan, progress):
+            state = _train_epoch(plan, stepper, state, progress, bar, stop, clock)
+            row: dict[str, float] = {}
+            if progress["count"] == plan.steps_per_epoch:
+                row = _finish_epoch(plan, state, progress, writer, bar, clock, session)
+            due = bool(row) and progress["epoch"] % config.logging.save_every == 0
+            if due or stop.signal_number or _is_over(plan, progress):
+                progress.update(train_seconds=clock.seconds, total_seconds=session.seconds)
+                checkpoints.save(int(state.step), state, progress, row)
+            if stop.signal_number:
+                checkpoints.wait()
+                raise Interrupted(
+                    f"stopped at step {int(state.step)} of {plan.num_steps} and saved it in "
+                    f"{plan.workdir}; the same command goes on from there",
+                    stop.signal_number,
+                )
+        checkpoints.wait()
+    return state, progress
+
+
+def train_and_evaluate(
+    config: ConfigDict,
+    workdir: str | pathlib.Path,
+    *,
+    dataset: Dataset | None = None,
+    loss_fn: LossFn | None = None,
+    encoder: nn.Module | ModelFns | None = None,
+    augment_fn: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None,
+    init_from: str | None = None,
+) -> TrainState:
+    """Pretrains, evaluates, and writes everything to `workdir`; resumes what it finds there.
+
+    Args:
+      config: see `configs/`.
+      workdir: the run's folder; created. The same call again goes on where the run stopped, and
+        ends, on the same machine, in the same bits as if it had never stopped.
+      dataset: in place of the config's, see `jepa_jax.data.from_arrays`.
+      loss_fn: (key, z1 [B, D], z2 [B, D], hparams) -> (loss, terms), in place of the config's.
+      encoder: a Linen module called as encoder(images, train) -> h [B, F], or a `ModelFns`.
+      augment_fn: (key, images uint8 [B, H, W, 3]) -> (x1, x2) in [0, 1], in place of `two_views`.
+      init_from: another run's workdir, whose parameters the run starts from.
+
+    Returns:
+      the state after the last step.
+
+    Raises:
+      ConfigError, DataError, CheckpointError: one line each; nothing was trained.
+      TrainingError: a loss became NaN or infinite; names the term and the step.
+      Interrupted: on SIGINT or SIGTERM, after saving.
+    """
+    session = Stopwatch()
+    session.start()
+    validate(config)
+    workdir = _prepare_workdir(workdir)
+    plan = _make_plan(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from)
+    _claim_workdir(plan)
+    with contextlib.closing(checkpoint.Checkpoints(workdir)) as checkpoints:
+        state, progress = _resume(plan, checkpoints)
+        session.add(progress["total_seconds"])
+        _print_header(plan, state, progress)
+        if not _is_over(plan, progress):
+            state, progress = _train(plan, state, progress, checkpoints, session)
+    summary_path = workdir / "summary.json"
+    if summary_path.exists():
+        summary = json.loads(summary_path.read_text())
+        say("this run is finished; another --workdir starts a new one")
+    else:
+        summary = _evaluate_final(plan, state, progress, session)
+    _print_summary(plan, summary)
+    return state

@@ -1,0 +1,262 @@
+"""The pure training step: state in, state and metrics out. No files, no configs, no host sync.
+
+Every random number is a function of (seed, stream, step or epoch): no key is stored, so a resumed
+run draws what the uninterrupted one would have drawn, and a new stream moves no other.
+"""
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from jepa_jax.losses import vicreg_loss
+from jepa_jax.models import ModelFns, normalize
+from jepa_jax.optim import create_optimizer, warmup_cosine
+
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class HParams:
+    """Every number a step reads: a pytree of scalars, so that changing one never recompiles.
+
+    Rates are per step; the schedule warms up linearly from `warmup_start_lr` to `lr` in
+    `warmup_steps` and falls by a half cosine to `min_lr` at `num_steps`.
+    """
+
+    seed: jax.typing.ArrayLike
+    lr: jax.typing.ArrayLike
+    weight_decay: jax.typing.ArrayLike
+    momentum: jax.typing.ArrayLike
+    warmup_start_lr: jax.typing.ArrayLike
+    min_lr: jax.typing.ArrayLike
+    warmup_steps: jax.typing.ArrayLike
+    num_steps: jax.typing.ArrayLike
+    sim_coeff: jax.typing.ArrayLike
+    std_coeff: jax.typing.ArrayLike
+    cov_coeff: jax.typing.ArrayLike
+    probe_lr: jax.typing.ArrayLike
+
+
+@flax.struct.dataclass
+class Probe:
+    """The online linear probe: `kernel [F, K]`, `bias [K]`, and its own optimiser's state."""
+
+    params: dict[str, jax.Array]
+    opt_state: optax.OptState
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that training changes, arrays only."""
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: optax.OptState
+    probe: Probe
+
+
+LossFn = Callable[[jax.Array, jax.Array, jax.Array, HParams], tuple[jax.Array, Metrics]]
+AugmentFn = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def stream_key(seed: jax.typing.ArrayLike, stream: str, index: jax.typing.ArrayLike = 0):
+    """The key of draw `index` (a step or an epoch) of the stream called `stream`."""
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stream.encode()))
+    return jax.random.fold_in(key, index)
+
+
+def vicreg(key: jax.Array, z1: jax.Array, z2: jax.Array, hparams: HParams):
+    """`vicreg_loss` in the form of the loss seam: (key, z1, z2, hparams) -> (loss, terms)."""
+    del key
+    return vicreg_loss(
+        z1,
+        z2,
+        sim_coeff=hparams.sim_coeff,
+        std_coeff=hparams.std_coeff,
+        cov_coeff=hparams.cov_coeff,
+    )
+
+
+def learning_rate(hparams: HParams, step: jax.typing.ArrayLike) -> jax.Array:
+    """The rate of update number `step`, from 0."""
+    return warmup_cosine(
+        step,
+        peak=hparams.lr,
+        num_steps=hparams.num_steps,
+        warmup_steps=hparams.warmup_steps,
+        start=hparams.warmup_start_lr,
+        end=hparams.min_lr,
+    )
+
+
+def _optimizer(name: str, hparams: HParams, step: jax.typing.ArrayLike):
+    return create_optimizer(
+        name,
+        learning_rate(hparams, step),
+        weight_decay=hparams.weight_decay,
+        momentum=hparams.momentum,
+    )
+
+
+def create_train_state(
+    model: ModelFns,
+    hparams: HParams,
+    *,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    optimizer: str = "lars",
+) -> TrainState:
+    """A fresh state, a function of `hparams.seed`; jit-able.
+
+    Args:
+      model: see `ModelFns`.
+      hparams: see `HParams`.
+      image_shape: (H, W, C) of one view.
+      num_classes: of the online probe; 0 without labels.
+      optimizer: a name of `optim.OPTIMIZERS`.
+    """
+    images = jnp.zeros((2, *image_shape), jnp.float32)
+    variables = model.init(stream_key(hparams.seed, "init"), images)
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    ((h, _), _) = jax.eval_shape(lambda v: model.apply(v, images, False), variables)
+    probe_params = {
+        "kernel": jnp.zeros((h.shape[-1], num_classes), jnp.float32),
+        "bias": jnp.zeros((num_classes,), jnp.float32),
+    }
+    return TrainState(
+        step=jnp.zeros([], jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=_optimizer(optimizer, hparams, 0).init(params),
+        probe=Probe(probe_params, optax.adam(hparams.probe_lr).init(probe_params)),
+    )
+
+
+def probe_logits(probe_params: dict[str, jax.Array], h: jax.Array) -> jax.Array:
+    """Logits [N, K] of representations [N, F]."""
+    return h @ probe_params["kernel"] + probe_params["bias"][None, :]
+
+
+def _probe_loss(probe_params, h, labels):
+    """Mean cross-entropy and accuracy over the rows whose label is not -1."""
+    logits = probe_logits(probe_params, h)
+    is_labelled = (labels >= 0).astype(jnp.float32)
+    count = jnp.maximum(jnp.sum(is_labelled), 1.0)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+    hits = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    return jnp.sum(losses * is_labelled) / count, jnp.sum(hits * is_labelled) / count
+
+
+def _update_probe(probe: Probe, h, labels, hparams) -> tuple[Probe, Metrics]:
+    if not probe.params["bias"].size:
+        return probe, {}
+    grad_fn = jax.value_and_grad(_probe_loss, has_aux=True)
+    (loss, acc), grads = grad_fn(probe.params, jax.lax.stop_gradient(h), labels)
+    # optax raises a float to an integer power, which strict promotion (as in the tests) refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = optax.adam(hparams.probe_lr).update(grads, probe.opt_state)
+    params = optax.apply_updates(probe.params, updates)
+    return Probe(params, opt_state), {"probe_loss": loss, "probe_acc": acc}
+
+
+def make_train_step(
+    model: ModelFns,
+    *,
+    augment_fn: AugmentFn,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    loss_fn: LossFn = vicreg,
+    optimizer: str = "lars",
+) -> Callable[[TrainState, jax.Array, jax.Array, HParams], tuple[TrainState, Metrics]]:
+    """The step `(state, images, labels, hparams) -> (state, metrics)`, pure and not yet jitted.
+
+    The two views go through the model one after the other, each with its own batch statistics, as
+    in the reference; the running statistics are updated twice.
+
+    Args:
+      model: see `ModelFns`.
+      augment_fn: (key, images uint8 [B, H, W, C]) -> two views in [0, 1].
+      mean, std: the normalisation of every view.
+      loss_fn: (key, z1, z2, hparams) -> (loss, terms).
+      optimizer: a name of `optim.OPTIMIZERS`.
+
+    Returns:
+      a function of images uint8 [B, H, W, C] and int32 labels [B], -1 for no label. Metrics are
+      float32 scalars: loss, the loss's terms, lr, grad_norm, probe_loss and probe_acc.
+    """
+
+    def loss_and_aux(params, batch_stats, views, loss_key, hparams):
+        with jax.named_scope("model"):
+            (h1, z1), batch_stats = model.apply(
+                {"params": params, "batch_stats": batch_stats}, views[0], True
+            )
+            (_, z2), batch_stats = model.apply(
+                {"params": params, "batch_stats": batch_stats}, views[1], True
+            )
+        with jax.named_scope("loss"):
+            loss, terms = loss_fn(loss_key, z1, z2, hparams)
+        return loss, (terms, h1, batch_stats)
+
+    def train_step(state, images, labels, hparams):
+        with jax.named_scope("augment"):
+            views = augment_fn(stream_key(hparams.seed, "views", state.step), images)
+            views = [normalize(view, mean, std) for view in views]
+        loss_key = stream_key(hparams.seed, "loss", state.step)
+        (loss, (terms, h, batch_stats)), grads = jax.value_and_grad(loss_and_aux, has_aux=True)(
+            state.params, state.batch_stats, views, loss_key, hparams
+        )
+        with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = _optimizer(optimizer, hparams, state.step).update(
+                grads, state.opt_state, state.params
+            )
+            params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("probe"):
+            probe, probe_metrics = _update_probe(state.probe, h, labels, hparams)
+        metrics = {
+            "loss": loss,
+            **terms,
+            "lr": learning_rate(hparams, state.step),
+            "grad_norm": optax.tree.norm(grads),
+            **probe_metrics,
+        }
+        return TrainState(state.step + 1, params, batch_stats, opt_state, probe), metrics
+
+    return train_step
+
+
+def make_train_epoch(train_step: Callable[..., Any]) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Many steps in one program, for data that is resident on the device.
+
+    Returns:
+      `(state, images, labels, indices, hparams) -> (state, metrics)` with images uint8
+      [N, H, W, C], labels int32 [N] and indices int32 [S, B]: a `lax.scan` over S steps, metrics
+      stacked [S]. A row of indices that starts with -1 is no step: it leaves the state alone and
+      its metrics are 0, so that one compiled length serves an epoch's last, shorter piece.
+    """
+
+    def train_epoch(state, images, labels, indices, hparams):
+        def run(state, batch_indices):
+            return train_step(state, images[batch_indices], labels[batch_indices], hparams)
+
+        empty = jax.tree.map(
+            lambda m: jnp.zeros(m.shape, m.dtype), jax.eval_shape(run, state, indices[0])[1]
+        )
+
+        def body(state, batch_indices):
+            return jax.lax.cond(
+                batch_indices[0] >= 0,
+                run,
+                lambda state, _: (state, empty),
+                state,
+                batch_indices,
+            )
+
+        return jax.lax.scan(body, state, indices)
+
+    return train_epoch
