@@ -9,9 +9,9 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from jepa_jax import checkpoint
+from jepa_jax.config import create_encoder
 from jepa_jax.errors import CheckpointError
 from jepa_jax.models import Encoder, ModelFns
-from jepa_jax.train import create_encoder
 
 
 def load_encoder(

@@ -10,11 +10,13 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from jepa_jax.errors import ConfigError
+from jepa_jax.models import Encoder, ImageJEPA, ModelFns, Projector, ResNet, linen_model
 from jepa_jax.optim import OPTIMIZERS
 from jepa_jax.train_step import HParams
 
@@ -92,7 +94,13 @@ _KEYS = {
 }
 
 # What may differ between the two halves of one run: none of it changes what is learnt.
-_FREE_ON_RESUME = ("logging.", "meta.device", "meta.model_folder", "data.data_dir", "data.num_workers")
+_FREE_ON_RESUME = (
+    "logging.",
+    "meta.device",
+    "meta.model_folder",
+    "data.data_dir",
+    "data.num_workers",
+)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -168,6 +176,31 @@ def validate(config: ConfigDict) -> None:
 def compute_dtype(config: ConfigDict) -> Any:
     """The dtype of the model's arithmetic: training.dtype, or float32 without training.use_amp."""
     return _DTYPES[config.training.dtype] if config.training.use_amp else jnp.float32
+
+
+def create_encoder(config: ConfigDict, encoder: nn.Module | ModelFns | None = None) -> Encoder:
+    """The model that a config describes, with its normalisation.
+
+    Args:
+      config: see `configs/`.
+      encoder: in place of the config's: a Linen module called as encoder(images, train) -> h
+        [B, F], to which the config's projector is added, or a whole `ModelFns`.
+    """
+    if not isinstance(encoder, ModelFns):
+        dtype, model = compute_dtype(config), config.model
+        if encoder is None:
+            encoder = ResNet(
+                stage_sizes=tuple(model.stage_sizes),
+                width=model.width,
+                stem_stride=model.stem_stride,
+                stem_padding=model.stem_padding,
+                dtype=dtype,
+            )
+        projector = None
+        if model.use_projector:
+            projector = Projector(model.proj_hidden_dim, model.proj_output_dim, dtype)
+        encoder = linen_model(ImageJEPA(encoder, projector))
+    return Encoder(encoder, tuple(config.data.mean), tuple(config.data.std))
 
 
 def hparams_from(config: ConfigDict, steps_per_epoch: int) -> HParams:

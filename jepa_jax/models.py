@@ -236,7 +236,11 @@ def patch_whitening_kernel(
             f"got {num_filters}"
         )
     patches = jax.lax.conv_general_dilated_patches(
-        images, (patch_size, patch_size), (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        images,
+        (patch_size, patch_size),
+        (1, 1),
+        "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     ).reshape(-1, num_dims)
     patches = patches - jnp.mean(patches, axis=0, keepdims=True)
     eigenvalues, eigenvectors = jnp.linalg.eigh(patches.T @ patches / patches.shape[0])

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import tqdm
 
+_SURE_AFTER_SECONDS = 5.0
+
 
 def duration(seconds: float) -> str:
     """'42 s', '3 min 20 s' or '2 h 05 min'."""
@@ -45,6 +47,7 @@ class Progress:
         )
         self._shown: dict[str, str] = {}
         self._announced = False
+        self._steps, self._seconds = 0, 0.0
 
     def update(self, num_steps: int, seconds: float, loss: float) -> None:
         """Counts `num_steps` more steps that took `seconds`, the last with this loss."""
@@ -52,12 +55,13 @@ class Progress:
         self._show(loss=f"{loss:.4f}", images_per_s=f"{speed:.0f}")
         self._bar.update(num_steps)
 
-    def expect(self, steps_done: int, seconds: float, steps_left: int) -> None:
-        """Says once, after the first steps, how long the training will take."""
-        if not self._announced:
+    def expect(self, num_steps: int, seconds: float, steps_left: int) -> None:
+        """Says once, a few seconds into the training, how long it will take."""
+        self._steps, self._seconds = self._steps + num_steps, self._seconds + seconds
+        if not self._announced and self._seconds > _SURE_AFTER_SECONDS:
             self._announced = True
-            left = steps_left * seconds / max(steps_done, 1)
-            say(f"expected  {duration(left)} of training from here")
+            left = steps_left * self._seconds / self._steps
+            say(f"{'expected':<10}{duration(left)} of training from here")
 
     def epoch(self, row: Mapping[str, float], num_epochs: int, *, as_line: bool) -> None:
         """Shows an epoch's row on the bar and, where asked, as a line."""

@@ -28,26 +28,17 @@ from ml_collections import ConfigDict
 
 from jepa_jax import checkpoint, device
 from jepa_jax.augment import two_views
-from jepa_jax.config import changed_keys, compute_dtype, hparams_from, validate
-from jepa_jax.data import (
-    Dataset,
-    choose_placement,
-    epoch_order,
-    load_dataset,
-    stream_batches,
-    take,
+from jepa_jax.config import (
+    changed_keys,
+    compute_dtype,
+    create_encoder,
+    hparams_from,
+    validate,
 )
+from jepa_jax.data import Dataset, choose_placement, epoch_order, load_dataset
 from jepa_jax.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from jepa_jax.metrics import MetricsWriter, write_json
-from jepa_jax.models import (
-    Encoder,
-    ImageJEPA,
-    ModelFns,
-    Projector,
-    ResNet,
-    linen_model,
-    patch_whitening_kernel,
-)
+from jepa_jax.models import Encoder, ModelFns, patch_whitening_kernel
 from jepa_jax.probes import accuracy
 from jepa_jax.progress import Progress, Stopwatch, duration, say
 from jepa_jax.representation import (
@@ -56,13 +47,13 @@ from jepa_jax.representation import (
     reestimate_batch_stats,
     split_validation,
 )
+from jepa_jax.runner import Runner
 from jepa_jax.train_step import (
     AugmentFn,
     HParams,
     LossFn,
     TrainState,
     create_train_state,
-    make_train_epoch,
     make_train_step,
     probe_logits,
     stream_key,
@@ -104,31 +95,6 @@ class _Plan:
     @property
     def has_labels(self) -> bool:
         return self.dataset.train_labels is not None
-
-
-def create_encoder(config: ConfigDict, encoder: nn.Module | ModelFns | None = None) -> Encoder:
-    """The model that a config describes, with its normalisation.
-
-    Args:
-      config: see `configs/`.
-      encoder: in place of the config's: a Linen module called as encoder(images, train) -> h
-        [B, F], to which the config's projector is added, or a whole `ModelFns`.
-    """
-    if not isinstance(encoder, ModelFns):
-        dtype, model = compute_dtype(config), config.model
-        if encoder is None:
-            encoder = ResNet(
-                stage_sizes=tuple(model.stage_sizes),
-                width=model.width,
-                stem_stride=model.stem_stride,
-                stem_padding=model.stem_padding,
-                dtype=dtype,
-            )
-        projector = None
-        if model.use_projector:
-            projector = Projector(model.proj_hidden_dim, model.proj_output_dim, dtype)
-        encoder = linen_model(ImageJEPA(encoder, projector))
-    return Encoder(encoder, tuple(config.data.mean), tuple(config.data.std))
 
 
 def _name_of(thing: Any) -> str:
@@ -179,7 +145,7 @@ def _make_plan(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from
         hparams=jax.device_put(hparams_from(config, steps_per_epoch)),
         steps_per_epoch=steps_per_epoch,
         placement=placement,
-        scan_steps=min(scan_steps, steps_per_epoch),
+        scan_steps=scan_steps,
         augment_fn=augment_fn or two_views,
         loss_fn=loss_fn or vicreg,
         init_from=init_from or "",
@@ -299,82 +265,26 @@ def _with_parameters_of(workdir: pathlib.Path, state: TrainState) -> TrainState:
 # --- steps ------------------------------------------------------------------------------------
 
 
-def _check_memory(plan: _Plan, compiled: jax.stages.Compiled) -> None:
-    """Refuses, before the first step, a program that needs more memory than the device has."""
-    stats = compiled.memory_analysis()
-    if stats is None:
-        return
-    held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    needed, limit = held + stats.temp_size_in_bytes, device.memory_limit()
-    if needed > limit:
-        batch_size = plan.config.data.batch_size
-        fitting = int(0.9 * (limit - held) / (stats.temp_size_in_bytes / batch_size))
-        advice = f"config.data.batch_size={fitting} fits" if fitting >= 2 else "use a smaller model"
-        raise ConfigError(
-            f"this model at config.data.batch_size={batch_size} needs {needed / 2**30:.1f} GiB and "
-            f"the device has {limit / 2**30:.1f} GiB: {advice}"
-        )
-
-
-class _Stepper:
-    """The compiled step over this plan's data; one compilation, whatever it is asked to run."""
-
-    def __init__(self, plan: _Plan, state: TrainState):
-        self._plan = plan
-        self._labels = _training_labels(plan)
-        train_step = make_train_step(
-            plan.encoder.model,
-            augment_fn=plan.augment_fn,
-            mean=plan.encoder.mean,
-            std=plan.encoder.std,
-            loss_fn=plan.loss_fn,
-            optimizer=plan.config.optim.name,
-        )
-        batch_size, image_shape = plan.config.data.batch_size, plan.dataset.image_shape
-        if plan.placement == "device":
-            images = jax.device_put(np.asarray(plan.dataset.train_images[:]))
-            self._resident = (images, jax.device_put(self._labels))
-        if plan.scan_steps > 1:
-            num_pieces = math.ceil(plan.steps_per_epoch / plan.scan_steps)
-            self._piece = math.ceil(plan.steps_per_epoch / num_pieces)
-            indices = jax.ShapeDtypeStruct((self._piece, batch_size), jnp.int32)
-            function, inputs = make_train_epoch(train_step), (*self._resident, indices)
-        else:
-            images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8)
-            labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-            function, inputs = train_step, (images, labels)
-        jitted = jax.jit(function, donate_argnums=0)
-        self._program = jitted.lower(state, *inputs, plan.hparams).compile()
-        _check_memory(plan, self._program)
-
-    def run(self, state: TrainState, order: np.ndarray) -> Iterator[tuple[TrainState, Any, int]]:
-        """Yields (state, metrics of the newest steps, how many steps) until `order` is used up.
-
-        The state given is donated; only the newest one yielded is alive.
-        """
-        if self._plan.scan_steps > 1:
-            yield from self._run_scanned(state, order)
-            return
-        for images, labels in self._batches(order):
-            state, metrics = self._program(state, images, labels, self._plan.hparams)
-            yield state, metrics, 1
-
-    def _run_scanned(self, state, order):
-        for start in range(0, len(order), self._piece):
-            rows = order[start : start + self._piece]
-            padded = np.full((self._piece, order.shape[1]), -1, np.int32)
-            padded[: len(rows)] = rows
-            state, metrics = self._program(
-                state, *self._resident, jax.device_put(padded), self._plan.hparams
-            )
-            yield state, metrics, len(rows)
-
-    def _batches(self, order):
-        if self._plan.placement == "stream":
-            yield from stream_batches(self._plan.dataset.train_images, self._labels, order)
-            return
-        for row in order:
-            yield take(*self._resident, jax.device_put(row))
+def _make_runner(plan: _Plan, state: TrainState) -> Runner:
+    train_step = make_train_step(
+        plan.encoder.model,
+        augment_fn=plan.augment_fn,
+        mean=plan.encoder.mean,
+        std=plan.encoder.std,
+        loss_fn=plan.loss_fn,
+        optimizer=plan.config.optim.name,
+    )
+    return Runner(
+        train_step,
+        state,
+        plan.hparams,
+        plan.dataset.train_images,
+        _training_labels(plan),
+        steps_per_epoch=plan.steps_per_epoch,
+        batch_size=plan.config.data.batch_size,
+        placement=plan.placement,
+        scan_steps=plan.scan_steps,
+    )
 
 
 def _training_labels(plan: _Plan) -> np.ndarray:
@@ -430,7 +340,7 @@ def _stop_on_signals() -> Iterator[_StopRequest]:
             signal.signal(number, handler)
 
 
-def _train_epoch(plan, stepper, state, progress, bar, stop, clock) -> TrainState:
+def _train_epoch(plan, runner, state, progress, bar, stop, clock) -> TrainState:
     """Runs what is left of an epoch, adding its metrics to `progress`; returns early on a stop."""
     key = stream_key(plan.hparams.seed, "order", np.uint32(progress["epoch"]))
     order = epoch_order(key, len(plan.dataset.train_images), plan.config.data.batch_size)
@@ -456,7 +366,7 @@ def _train_epoch(plan, stepper, state, progress, bar, stop, clock) -> TrainState
     last = time.perf_counter()
     # The metrics of one piece are fetched while the next one runs: the device never waits.
     pending = None
-    with contextlib.closing(stepper.run(state, order)) as pieces:
+    with contextlib.closing(runner.run(state, order)) as pieces:
         for state, metrics, count in pieces:
             if pending is not None:
                 collect(*pending)
@@ -541,9 +451,7 @@ def _evaluate_final(plan: _Plan, state: TrainState, progress, session) -> dict[s
     trained = reestimate_batch_stats(plan.encoder, _variables(state), images)
     summary: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
     if plan.has_labels:
-        untrained = reestimate_batch_stats(
-            plan.encoder, _variables(_initial_state(plan)), images
-        )
+        untrained = reestimate_batch_stats(plan.encoder, _variables(_initial_state(plan)), images)
         num_val = plan.config.data.num_val
         for name, variables in (("", trained), ("untrained_", untrained)):
             ridge = evaluate_ridge(plan.encoder, variables, plan.dataset, num_val=num_val)
@@ -614,7 +522,9 @@ def _print_summary(plan: _Plan, summary: dict[str, Any]) -> None:
             ("online linear, trained", "online_probe_acc"),
         ):
             say(f"{label:<26}{percent(summary[name]):>10}{percent(summary['val_' + name]):>10}")
-        say(f"on {summary['feature_dim']} features of the last step; test is shown, never chosen on")
+        say(
+            f"on {summary['feature_dim']} features of the last step; test is shown, never chosen on"
+        )
     say(
         f"{summary['steps']} steps, {summary['images_per_second']:.0f} images/s, "
         f"{duration(summary['train_seconds'])} of training, "
@@ -640,7 +550,7 @@ def _prepare_workdir(workdir: str | pathlib.Path) -> pathlib.Path:
 
 def _train(plan, state, progress, checkpoints, session) -> tuple[TrainState, dict[str, Any]]:
     """The epochs: steps, online evaluation, checkpoints, and a saved stop on a signal."""
-    stepper = _Stepper(plan, state)
+    runner = _make_runner(plan, state)
     config = plan.config
     clock = Stopwatch(progress["train_seconds"])
     with contextlib.ExitStack() as stack:
@@ -658,7 +568,7 @@ def _train(plan, state, progress, checkpoints, session) -> tuple[TrainState, dic
         stack.callback(bar.close)
         stop.deferring = True
         while not _is_over(plan, progress):
-            state = _train_epoch(plan, stepper, state, progress, bar, stop, clock)
+            state = _train_epoch(plan, runner, state, progress, bar, stop, clock)
             row: dict[str, float] = {}
             if progress["count"] == plan.steps_per_epoch:
                 row = _finish_epoch(plan, state, progress, writer, bar, clock, session)

@@ -1,0 +1,113 @@
+"""The compiled step over a run's data: resident or streamed, scanned or looped."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jepa_jax import device
+from jepa_jax.data import stream_batches, take
+from jepa_jax.errors import ConfigError
+from jepa_jax.train_step import HParams, Metrics, TrainState, make_train_epoch
+
+
+def check_memory(compiled: jax.stages.Compiled, batch_size: int) -> None:
+    """Refuses, before its first call, a program that needs more memory than the device has.
+
+    Raises:
+      ConfigError: with what it needs, what there is, and a batch size that fits.
+    """
+    stats = compiled.memory_analysis()
+    if stats is None:
+        return
+    held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    needed, limit = held + stats.temp_size_in_bytes, device.memory_limit()
+    if needed > limit:
+        fitting = int(0.9 * (limit - held) / (stats.temp_size_in_bytes / batch_size))
+        advice = f"config.data.batch_size={fitting} fits" if fitting >= 2 else "use a smaller model"
+        raise ConfigError(
+            f"this model at config.data.batch_size={batch_size} needs {needed / 2**30:.1f} GiB and "
+            f"the device has {limit / 2**30:.1f} GiB: {advice}"
+        )
+
+
+class Runner:
+    """One compiled program that runs the steps of every epoch.
+
+    Args:
+      train_step: of `make_train_step`.
+      state: what the program will be called with; only shapes are read.
+      hparams: see `HParams`.
+      images: uint8 [N, H, W, C], a numpy array or anything that indexes like one.
+      labels: int32 [N], -1 for no label.
+      steps_per_epoch: S.
+      batch_size: B.
+      placement: 'device' keeps the images on the device, 'stream' prefetches batches to it.
+      scan_steps: steps of one program (resident data only); 1 is a loop of jitted steps, the
+        faster way on a CPU, where a convolution inside a scan takes a slow path. An epoch is cut
+        into equal pieces of at most this many steps.
+    """
+
+    def __init__(
+        self,
+        train_step: Callable[..., tuple[TrainState, Metrics]],
+        state: TrainState,
+        hparams: HParams,
+        images: Any,
+        labels: np.ndarray,
+        *,
+        steps_per_epoch: int,
+        batch_size: int,
+        placement: str,
+        scan_steps: int,
+    ):
+        self._hparams, self._labels = hparams, labels
+        self._streamed = images if placement == "stream" else None
+        if placement == "device":
+            self._resident = jax.device_put((np.asarray(images[:]), labels))
+        num_pieces = math.ceil(steps_per_epoch / scan_steps)
+        self._piece = math.ceil(steps_per_epoch / num_pieces)
+        if self._piece > 1:
+            indices = jax.ShapeDtypeStruct((self._piece, batch_size), jnp.int32)
+            function, inputs = make_train_epoch(train_step), (*self._resident, indices)
+        else:
+            batch = jax.ShapeDtypeStruct((batch_size, *images.shape[1:]), jnp.uint8)
+            function = train_step
+            inputs = (batch, jax.ShapeDtypeStruct((batch_size,), jnp.int32))
+        jitted = jax.jit(function, donate_argnums=0)
+        self._program = jitted.lower(state, *inputs, hparams).compile()
+        check_memory(self._program, batch_size)
+
+    def run(self, state: TrainState, order: np.ndarray) -> Iterator[tuple[TrainState, Any, int]]:
+        """Runs the steps of `order [S, B]`, dataset indices.
+
+        Yields:
+          (state, metrics of the newest steps, how many these are). The state that went in is
+          donated: only the newest one yielded is alive. Nothing here waits for the device.
+        """
+        if self._piece > 1:
+            yield from self._run_scanned(state, order)
+            return
+        for images, labels in self._batches(order):
+            state, metrics = self._program(state, images, labels, self._hparams)
+            yield state, metrics, 1
+
+    def _run_scanned(self, state, order):
+        for start in range(0, len(order), self._piece):
+            rows = order[start : start + self._piece]
+            padded = np.full((self._piece, order.shape[1]), -1, np.int32)
+            padded[: len(rows)] = rows
+            state, metrics = self._program(
+                state, *self._resident, jax.device_put(padded), self._hparams
+            )
+            yield state, metrics, len(rows)
+
+    def _batches(self, order):
+        if self._streamed is not None:
+            yield from stream_batches(self._streamed, self._labels, order)
+            return
+        for row in order:
+            yield take(*self._resident, jax.device_put(row))
