@@ -100,6 +100,7 @@ _FREE_ON_RESUME = (
     "meta.model_folder",
     "data.data_dir",
     "data.num_workers",
+    "data.placement",
 )
 
 

@@ -1,7 +1,7 @@
 """The command: python -m jepa_jax.main --config=configs/rapid.py --config.optim.lr=0.707
 
-Flags in, one call of `train_and_evaluate`; every error a person can act on is one line on stderr and
-a non-zero exit.
+Flags in, one call of `train_and_evaluate`; every error a person can act on is one line on stderr
+and a non-zero exit.
 """
 
 import os

@@ -16,7 +16,7 @@ def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 @jax.jit
 def _ridge_fit(features, targets):
-    """Eigenvalues [F], eigenvectors [F, F] and rotated X^T Y / N [F, K] of standardised features."""
+    """Eigenvalues [F], eigenvectors [F, F] and rotated X^T Y / N [F, K]."""
     with jax.default_matmul_precision("highest"):
         covariance = features.T @ features / features.shape[0]
         eigenvalues, eigenvectors = jnp.linalg.eigh(covariance)

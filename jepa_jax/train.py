@@ -367,7 +367,8 @@ def _train_epoch(plan, runner, state, progress, bar, stop, clock) -> TrainState:
     # The metrics of one piece are fetched while the next one runs: the device never waits.
     pending = None
     with contextlib.closing(runner.run(state, order)) as pieces:
-        for state, metrics, count in pieces:
+        for newest, metrics, count in pieces:
+            state = newest
             if pending is not None:
                 collect(*pending)
             pending = (metrics, count)
