@@ -63,7 +63,9 @@ _KEYS = {
     "model.proj_hidden_dim": _at_least(1),
     "model.proj_output_dim": _at_least(2),
     "model.stage_sizes": _Key(
-        tuple, "one positive number a stage", lambda value: len(value) > 0 and min(value) > 0
+        tuple,
+        "one positive whole number a stage",
+        lambda value: len(value) > 0 and all(type(v) is int and v > 0 for v in value),
     ),
     "model.width": _at_least(1),
     "model.stem_stride": _Key(int, "1 or 2", lambda value: value in (1, 2)),
@@ -139,9 +141,9 @@ def _check_value(name: str, value: Any) -> None:
         wanted, given = key.type.__name__, type(value).__name__
         raise ConfigError(f"config.{name} must be of type {wanted}, got {value!r} ({given})")
     if not key.is_legal(value):
-        near = nearest(value, key.rule.removeprefix("one of ").split(", ")) if value else ""
-        if key.type is not str:
-            near = ""
+        near = ""
+        if key.type is str:
+            near = nearest(value, key.rule.removeprefix("one of ").split(", "))
         raise ConfigError(f"config.{name} must be {key.rule}, got {value!r}{near}")
 
 

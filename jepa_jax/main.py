@@ -19,8 +19,12 @@ from jepa_jax.errors import JepaError
 
 _CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
+_DEFAULT_CONFIG = _CONFIGS / "cpu.py"
+
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", str(_CONFIGS / "cpu.py"), "The config file; any of its keys is a flag --config.KEY."
+    "config",
+    None,
+    f"The config file, by default {_DEFAULT_CONFIG.name}; any key is a flag: --config.optim.lr=0.3",
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -42,11 +46,14 @@ def _config_argument(argv: Sequence[str]) -> str:
             return argument.split("=", 1)[1]
         if previous in ("--config", "-config"):
             return argument
-    return str(_CONFIGS / "cpu.py")
+    return ""
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
     """Parses the flags; what absl and ml_collections would show as a traceback is one line."""
+    if not _config_argument(argv):
+        # ml_collections reads the overrides from sys.argv, and wants the file before them.
+        argv = sys.argv = [argv[0], f"--config={_DEFAULT_CONFIG}", *argv[1:]]
     path = pathlib.Path(_config_argument(argv).split(":")[0])
     if not path.is_file():
         near = nearest(path.name, [file.name for file in _CONFIGS.glob("*.py")])
@@ -79,15 +86,11 @@ def _default_workdir(config: ConfigDict, argv: Sequence[str]) -> pathlib.Path:
     if config.meta.model_folder:
         return pathlib.Path(config.meta.model_folder)
     name = pathlib.Path(_config_argument(argv)).stem
-    for key in sorted(_CONFIG_overrides()):
+    for key, value in sorted(config_flags.get_override_values(flags.FLAGS["config"]).items()):
         if not key.startswith(("logging.", "meta.device")):
-            name += f",{key}={_CONFIG_overrides()[key]}"
+            name += f",{key}={value}"
     name = re.sub(r"[^\w.,=+-]", "", name)
     return pathlib.Path(os.environ.get("EBJEPA_CKPTS", "runs")) / name
-
-
-def _CONFIG_overrides() -> dict[str, object]:
-    return config_flags.get_override_values(flags.FLAGS["config"])
 
 
 def _main(argv: Sequence[str]) -> None:

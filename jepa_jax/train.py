@@ -11,7 +11,6 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import math
 import pathlib
 import platform
 import signal
@@ -116,17 +115,26 @@ def _check_sizes(config: ConfigDict, dataset: Dataset) -> None:
         )
 
 
+def _load(config: ConfigDict) -> Dataset:
+    """The config's dataset, read into memory only if it will lie on the device."""
+    load = functools.partial(
+        load_dataset,
+        config.data.dataset,
+        data_dir=config.data.data_dir,
+        num_workers=config.data.num_workers,
+    )
+    if config.data.placement == "device":
+        return load()
+    records = load(lazy=True)
+    placement = choose_placement(config.data.placement, records.train_images.nbytes)
+    return load() if placement == "device" else records
+
+
 def _make_plan(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from) -> _Plan:
     if dataset is None:
-        dataset = load_dataset(
-            config.data.dataset,
-            data_dir=config.data.data_dir,
-            lazy=config.data.placement == "stream",
-            num_workers=config.data.num_workers,
-        )
+        dataset = _load(config)
     _check_sizes(config, dataset)
-    num_bytes = len(dataset.train_images) * math.prod(dataset.image_shape)
-    placement = choose_placement(config.data.placement, num_bytes)
+    placement = choose_placement(config.data.placement, dataset.train_images.nbytes)
     scan_steps = config.training.scan_steps
     if placement == "stream":
         if scan_steps > 1:
