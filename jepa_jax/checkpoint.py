@@ -22,6 +22,10 @@ class Checkpoints:
 
     Kept are the latest and the one with the best validation accuracy. (orbax's `max_to_keep` with
     `best_fn` would delete the newest when it is not the best, and resume would go back in time.)
+
+    Args:
+      workdir: the run's folder.
+      read_only: for another run's checkpoints: nothing is created or cleaned up.
     """
 
     def __init__(self, workdir: pathlib.Path, *, read_only: bool = False):
@@ -35,8 +39,8 @@ class Checkpoints:
                     ),
                 ]
             ),
+            # Another process may be writing a run that is only read here.
             cleanup_tmp_directories=not read_only,
-            read_only=read_only,
             create=not read_only,
         )
         self._folder = workdir.absolute() / "checkpoints"
@@ -66,7 +70,9 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(dict(progress))
+                state=ocp.args.StandardSave(state),
+                progress=ocp.args.JsonSave(dict(progress)),
+                shapes=ocp.args.JsonSave(_shapes(state)),
             ),
             metrics={_SELECTED_BY: metrics[_SELECTED_BY]} if _SELECTED_BY in metrics else None,
         )
@@ -83,6 +89,9 @@ class Checkpoints:
         """
         state_args = ocp.args.StandardRestore(template) if template else ocp.args.StandardRestore()
         try:
+            if template:
+                args = ocp.args.Composite(shapes=ocp.args.JsonRestore())
+                _check_shapes(self._manager.restore(step, args=args).shapes, template)
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(state=state_args, progress=ocp.args.JsonRestore())
             )
@@ -101,6 +110,27 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for a save under way and ends orbax's threads."""
         self._manager.close()
+
+
+def _shapes(tree: Any) -> dict[str, list[int]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape)
+        for path, leaf in leaves
+    }
+
+
+def _check_shapes(stored: Mapping[str, list[int]], template: Any) -> None:
+    """ValueError unless the stored arrays have the template's names and shapes.
+
+    Before any of them is read: orbax would stop at the first mismatch with other reads under way,
+    and their end would print tracebacks.
+    """
+    wanted = _shapes(template)
+    for name in sorted({*stored, *wanted}):
+        found, expected = stored.get(name, "absent"), wanted.get(name, "absent")
+        if found != expected:
+            raise ValueError(f"{name} is {found}, expected {expected}")
 
 
 def save_tree(folder: pathlib.Path, tree: Any) -> None:

@@ -32,9 +32,11 @@ def warmup_cosine(
     """
     step = jnp.asarray(step, jnp.float32)
     warmup_steps = jnp.asarray(warmup_steps, jnp.float32)
+    num_steps = jnp.asarray(num_steps, jnp.float32)
     rise = start + (peak - start) * step / jnp.maximum(warmup_steps, 1.0)
     progress = (step - warmup_steps) / jnp.maximum(num_steps - warmup_steps, 1.0)
-    fall = end + (peak - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
+    progress = jnp.where(step < num_steps, jnp.maximum(progress, 0.0), 1.0)
+    fall = end + (peak - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
     return jnp.where(step < warmup_steps, rise, fall)
 
 

@@ -10,8 +10,12 @@ RIDGE_LAMBDAS = tuple(10.0**exponent for exponent in range(-5, 2))
 
 
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Share of rows whose largest logit [N, K] is at its label [N]; in [0, 1]."""
-    return jnp.mean((jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32))
+    """Share of rows whose largest logit [N, K] is at its label [N]; in [0, 1].
+
+    Rows with the label -1, an image without one, do not count.
+    """
+    hits = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    return jnp.sum(hits) / jnp.maximum(jnp.sum((labels >= 0).astype(jnp.float32)), 1.0)
 
 
 @jax.jit
@@ -46,14 +50,16 @@ def ridge_probe(
     on `val`, never on `test`; of equal ones the largest wins.
 
     Args:
-      train, val, test: (features [N, F] of any float dtype, integer labels [N]) each.
+      train, val, test: (features [N, F] of any float dtype, integer labels [N]) each; a row with
+        the label -1, an image without one, is left out.
       num_classes: K.
       lambdas: the penalties to try.
 
     Returns:
       {'lambda', 'val_acc', 'test_acc'}, accuracies in [0, 1]; no 'test_acc' without `test`.
     """
-    features = train[0].astype(jnp.float32)
+    is_labelled = train[1] >= 0
+    features, labels = train[0][is_labelled].astype(jnp.float32), train[1][is_labelled]
     mean = jnp.mean(features, axis=0, keepdims=True)
     std = jnp.std(features, axis=0, keepdims=True)
     # A feature that never varies has no say; dividing by its rounding error would give it one.
@@ -62,7 +68,7 @@ def ridge_probe(
     def standardise(x):
         return (x.astype(jnp.float32) - mean) * scale
 
-    targets = jax.nn.one_hot(train[1], num_classes, dtype=jnp.float32)
+    targets = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
     bias = jnp.mean(targets, axis=0, keepdims=True)
     fit = _ridge_fit(standardise(features), targets - bias)
 

@@ -262,9 +262,9 @@ def _with_parameters_of(workdir: pathlib.Path, state: TrainState) -> TrainState:
 
     if shapes(given) != shapes(wanted):
         differing = sorted(set(shapes(given).items()) ^ set(shapes(wanted).items()))
+        name, shape = max(differing, key=lambda item: item[0].startswith("['params']"))
         raise CheckpointError(
-            f"--init_from={workdir} holds another model; the first difference is "
-            f"{differing[0][0]} {differing[0][1]}"
+            f"--init_from={workdir} holds another model; the first difference is {name} {shape}"
         )
     given = jax.tree.map(jnp.asarray, given)
     return dataclasses.replace(state, **given)
@@ -348,10 +348,19 @@ def _stop_on_signals() -> Iterator[_StopRequest]:
             signal.signal(number, handler)
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _order(seed, epoch, num_images: int, batch_size: int) -> jax.Array:
+    return epoch_order(stream_key(seed, "order", epoch), num_images, batch_size)
+
+
 def _train_epoch(plan, runner, state, progress, bar, stop, clock) -> TrainState:
     """Runs what is left of an epoch, adding its metrics to `progress`; returns early on a stop."""
-    key = stream_key(plan.hparams.seed, "order", np.uint32(progress["epoch"]))
-    order = epoch_order(key, len(plan.dataset.train_images), plan.config.data.batch_size)
+    order = _order(
+        plan.hparams.seed,
+        jax.device_put(np.uint32(progress["epoch"])),
+        len(plan.dataset.train_images),
+        plan.config.data.batch_size,
+    )
     order = jax.device_get(order)[progress["count"] :]
 
     def collect(metrics, count):

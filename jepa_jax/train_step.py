@@ -52,13 +52,13 @@ class Probe:
 
 @flax.struct.dataclass
 class TrainState:
-    """All that training changes, arrays only."""
+    """All that training changes, arrays only; no probe without labels."""
 
     step: jax.Array
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
-    probe: Probe
+    probe: Probe | None
 
 
 LossFn = Callable[[jax.Array, jax.Array, jax.Array, HParams], tuple[jax.Array, Metrics]]
@@ -124,17 +124,20 @@ def create_train_state(
     images = jnp.zeros((2, *image_shape), jnp.float32)
     variables = model.init(stream_key(hparams.seed, "init"), images)
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
-    ((h, _), _) = jax.eval_shape(lambda v: model.apply(v, images, False), variables)
-    probe_params = {
-        "kernel": jnp.zeros((h.shape[-1], num_classes), jnp.float32),
-        "bias": jnp.zeros((num_classes,), jnp.float32),
-    }
+    probe = None
+    if num_classes:
+        ((h, _), _) = jax.eval_shape(lambda v: model.apply(v, images, False), variables)
+        probe_params = {
+            "kernel": jnp.zeros((h.shape[-1], num_classes), jnp.float32),
+            "bias": jnp.zeros((num_classes,), jnp.float32),
+        }
+        probe = Probe(probe_params, optax.adam(hparams.probe_lr).init(probe_params))
     return TrainState(
         step=jnp.zeros([], jnp.int32),
         params=params,
         batch_stats=batch_stats,
         opt_state=_optimizer(optimizer, hparams, 0).init(params),
-        probe=Probe(probe_params, optax.adam(hparams.probe_lr).init(probe_params)),
+        probe=probe,
     )
 
 
@@ -153,9 +156,9 @@ def _probe_loss(probe_params, h, labels):
     return jnp.sum(losses * is_labelled) / count, jnp.sum(hits * is_labelled) / count
 
 
-def _update_probe(probe: Probe, h, labels, hparams) -> tuple[Probe, Metrics]:
-    if not probe.params["bias"].size:
-        return probe, {}
+def _update_probe(probe: Probe | None, h, labels, hparams) -> tuple[Probe | None, Metrics]:
+    if probe is None:
+        return None, {}
     grad_fn = jax.value_and_grad(_probe_loss, has_aux=True)
     (loss, acc), grads = grad_fn(probe.params, jax.lax.stop_gradient(h), labels)
     # optax raises a float to an integer power, which strict promotion (as in the tests) refuses.

@@ -1,10 +1,27 @@
-"""Shared fixtures; every test runs with strict dtype and rank promotion."""
+"""Shared fixtures; every test runs with strict dtype and rank promotion.
 
+Programs are compiled once per session, also across the processes that tests start: JAX's
+persistent cache lies in a temporary folder that goes with the session.
+"""
+
+import os
 import pathlib
+import tempfile
 
+_CACHE = tempfile.TemporaryDirectory(prefix="jepa_jax_tests_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+
+# ruff: noqa: E402
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
+
+from configs import cpu
+from jepa_jax.data import Dataset, from_arrays
+from jepa_jax.data.cifar10 import LABEL_NAMES
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -17,3 +34,38 @@ def cifar_arrays() -> dict[str, np.ndarray]:
     """400 training and 200 test images of the real CIFAR-10, with labels; see fixtures/."""
     with np.load(FIXTURES / "cifar10_small.npz") as arrays:
         return dict(arrays)
+
+
+@pytest.fixture(scope="session")
+def small_cifar(cifar_arrays) -> Dataset:
+    """The fixture's images as a dataset."""
+    return from_arrays(
+        cifar_arrays["train_images"],
+        cifar_arrays["train_labels"],
+        cifar_arrays["test_images"],
+        cifar_arrays["test_labels"],
+        label_names=LABEL_NAMES,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> ConfigDict:
+    """configs/cpu.py at a size that trains in a second: 4 steps an epoch, 3 epochs.
+
+    Shared: a test that changes it works on a copy.
+    """
+    config = cpu.get_config()
+    config.update(
+        {
+            "data": {"batch_size": 100, "num_val": 80},
+            "model": {
+                "stage_sizes": (1, 1),
+                "width": 4,
+                "proj_hidden_dim": 8,
+                "proj_output_dim": 8,
+            },
+            "optim": {"name": "lars", "lr": 0.3, "epochs": 3, "warmup_epochs": 1.0},
+            "logging": {"tqdm_silent": True},
+        }
+    )
+    return config

@@ -1,0 +1,186 @@
+"""Checkpoints: what comes back is what was saved, and what is damaged is refused."""
+
+import contextlib
+import shutil
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jepa_jax.checkpoint import Checkpoints, load_tree, save_tree
+from jepa_jax.errors import CheckpointError
+
+
+@flax.struct.dataclass
+class State:
+    """A pytree with the node and leaf kinds of a training state."""
+
+    step: jax.Array
+    params: dict
+    opt_state: tuple
+
+
+def some_state(seed=0, width=5):
+    rng = np.random.default_rng(seed)
+    kernel = jnp.float32(rng.normal(size=(3, width)))
+    return State(
+        step=jnp.int32(seed),
+        params={"dense": {"kernel": kernel, "bias": jnp.full(width, -0.0)}},
+        opt_state=(jnp.uint32(7), {"mu": kernel.astype(jnp.bfloat16)}, ()),
+    )
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+
+    def same_bits(a, b):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+    jax.tree.map(same_bits, found, expected)
+
+
+@contextlib.contextmanager
+def opened(workdir, **options):
+    with contextlib.closing(Checkpoints(workdir, **options)) as checkpoints:
+        yield checkpoints
+
+
+def save(checkpoints, step, *, val=None, seed=None):
+    metrics = {} if val is None else {"val/online_probe_acc": val, "train/loss": 1.0}
+    checkpoints.save(step, some_state(step if seed is None else seed), {"epoch": step}, metrics)
+    checkpoints.wait()
+
+
+def one_line(error):
+    text = str(error.value)
+    assert text
+    assert "\n" not in text
+    return text
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A run's folder with the checkpoint of step 3."""
+    with opened(tmp_path) as checkpoints:
+        save(checkpoints, 3, val=0.5)
+    return tmp_path
+
+
+def test_a_state_comes_back_bit_for_bit_in_another_process_too(workdir):
+    with opened(workdir) as checkpoints:
+        assert checkpoints.latest_step() == 3
+        state, progress = checkpoints.restore(3, some_state(seed=99))
+    assert_same(state, some_state(3))
+    assert progress == {"epoch": 3}
+
+
+def test_the_template_may_be_shapes(workdir):
+    shapes = jax.eval_shape(some_state)
+    with opened(workdir) as checkpoints:
+        state, _ = checkpoints.restore(3, shapes)
+    assert_same(state, some_state(3))
+
+
+def test_without_a_template_nested_dicts_come_back(workdir):
+    with opened(workdir, read_only=True) as checkpoints:
+        state, _ = checkpoints.restore(3)
+    assert_same(state["params"], some_state(3).params)
+
+
+def test_an_empty_folder_has_no_step(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() is None
+        assert checkpoints.best_step() is None
+
+
+def test_the_latest_and_the_best_are_kept_and_the_others_dropped(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        for step, val in ((1, 0.3), (2, 0.6), (3, 0.5), (4, 0.4)):
+            save(checkpoints, step, val=val)
+        assert (checkpoints.latest_step(), checkpoints.best_step()) == (4, 2)
+        assert_same(checkpoints.restore(2, some_state())[0], some_state(2))
+        assert_same(checkpoints.restore(4, some_state())[0], some_state(4))
+    folders = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert folders == {"2", "4"}
+
+
+def test_a_checkpoint_without_a_validation_accuracy_is_never_the_best(tmp_path):
+    """As one in the middle of an epoch, when a signal stops the run."""
+    with opened(tmp_path) as checkpoints:
+        save(checkpoints, 1, val=0.2)
+        save(checkpoints, 2)
+        assert (checkpoints.latest_step(), checkpoints.best_step()) == (2, 1)
+        save(checkpoints, 3, val=0.3)
+        assert (checkpoints.latest_step(), checkpoints.best_step()) == (3, 3)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"3"}
+
+
+def test_a_step_that_is_there_is_not_written_again(workdir):
+    with opened(workdir) as checkpoints:
+        save(checkpoints, 3, val=0.9, seed=50)
+        assert_same(checkpoints.restore(3, some_state())[0], some_state(3))
+
+
+def test_a_save_that_was_cut_off_is_never_picked_up(workdir):
+    """A killed process leaves a folder without orbax's mark of completion under a temporary name."""
+    whole = workdir / "checkpoints" / "3"
+    shutil.copytree(whole, whole.with_name("4.orbax-checkpoint-tmp"))
+    with opened(workdir) as checkpoints:
+        assert checkpoints.latest_step() == 3
+
+
+def damage(folder):
+    """Cuts off the end of every file that holds arrays."""
+    files = [f for f in folder.rglob("*") if f.is_file() and f.parent.name == "d"]
+    assert files, "orbax keeps arrays in another place than this test knows"
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-20])
+
+
+# A single array: orbax leaves the other reads of a failed restore behind, and their end is noisy.
+SINGLE = {"kernel": jnp.arange(12.0)}
+
+
+@pytest.mark.parametrize("harm", [damage, shutil.rmtree])
+def test_a_damaged_checkpoint_is_one_line(harm, tmp_path):
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(3, SINGLE, {"epoch": 1}, {})
+    harm(tmp_path / "checkpoints" / "3" / "state")
+    with opened(tmp_path) as checkpoints, pytest.raises(CheckpointError) as error:
+        checkpoints.restore(3, SINGLE)
+    assert "checkpoints/3 cannot be restored" in one_line(error)
+
+
+@pytest.mark.parametrize("other", ["wider", "renamed"])
+def test_a_checkpoint_of_another_model_is_refused(other, workdir):
+    template = some_state(width=6)
+    if other == "renamed":
+        template = some_state()
+        template.params["other"] = template.params.pop("dense")
+    with opened(workdir) as checkpoints, pytest.raises(CheckpointError) as error:
+        checkpoints.restore(3, template)
+    difference = {
+        "wider": "opt_state/1/mu is [3, 5], expected [3, 6]",
+        "renamed": "params/dense/bias is [5], expected absent",
+    }
+    assert "holds another model" in one_line(error)
+    assert difference[other] in one_line(error)
+
+
+def test_a_tree_comes_back_bit_for_bit_in_place_of_what_was_there(tmp_path):
+    for seed in (1, 2):
+        tree = {"params": some_state(seed).params, "batch_stats": {"mean": jnp.arange(3.0)}}
+        save_tree(tmp_path / "encoder", tree)
+        assert_same(load_tree(tmp_path / "encoder"), tree)
+
+
+def test_a_damaged_or_absent_tree_is_one_line(tmp_path):
+    save_tree(tmp_path / "encoder", SINGLE)
+    damage(tmp_path / "encoder")
+    for folder in (tmp_path / "encoder", tmp_path / "absent"):
+        with pytest.raises(CheckpointError) as error:
+            load_tree(folder)
+        assert f"{folder} cannot be read" in one_line(error)

@@ -1,0 +1,131 @@
+"""metrics.jsonl and the trackers behind the same call."""
+
+import contextlib
+import json
+import math
+import sys
+import types
+
+import pytest
+
+from jepa_jax.errors import ConfigError
+from jepa_jax.metrics import MetricsWriter, read_metrics, write_json
+
+
+def rows_of(*steps):
+    return [{"step": step, "train/loss": 0.1 * step} for step in steps]
+
+
+def write(workdir, rows, *, step=0, **trackers):
+    with contextlib.closing(MetricsWriter(workdir, step=step, config={}, **trackers)) as writer:
+        for row in rows:
+            writer.write(row)
+
+
+def test_rows_come_back_in_order(tmp_path):
+    write(tmp_path, rows_of(1, 2, 3))
+    assert read_metrics(tmp_path / "metrics.jsonl") == rows_of(1, 2, 3)
+
+
+def test_a_row_is_on_the_disk_before_the_writer_is_closed(tmp_path):
+    with contextlib.closing(MetricsWriter(tmp_path, step=0, config={})) as writer:
+        writer.write({"step": 1, "train/loss": 2.5})
+        assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 2.5}]
+
+
+def test_a_resumed_run_drops_the_rows_of_later_steps(tmp_path):
+    write(tmp_path, rows_of(10, 20, 30))
+    write(tmp_path, [{"step": 30, "train/loss": 7.0}], step=20)
+    assert read_metrics(tmp_path / "metrics.jsonl") == [
+        *rows_of(10, 20),
+        {"step": 30, "train/loss": 7.0},
+    ]
+
+
+def test_a_last_line_broken_by_a_crash_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(tmp_path, rows_of(1, 2))
+    with path.open("a") as file:
+        file.write('{"step": 3, "train/lo')
+    assert read_metrics(path) == rows_of(1, 2)
+    write(tmp_path, rows_of(3), step=2)
+    assert read_metrics(path) == rows_of(1, 2, 3)
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_a_file_that_is_not_there_has_no_rows(tmp_path):
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    write(tmp_path, [{"step": 1, "a": math.nan, "b": -math.inf, "c": 1.5, "d": 2, "e": "text"}])
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(line, parse_constant=refuse)
+    assert row == {"step": 1, "a": None, "b": None, "c": 1.5, "d": 2, "e": "text"}
+
+
+def test_json_files_are_replaced_whole_and_leave_nothing_behind(tmp_path):
+    path = tmp_path / "summary.json"
+    for content in ({"steps": 1}, {"steps": 2, "nested": [1.5, None]}):
+        write_json(path, content)
+        assert json.loads(path.read_text()) == content
+    with pytest.raises(TypeError):
+        write_json(path, {"steps": object()})
+    assert json.loads(path.read_text()) == {"steps": 2, "nested": [1.5, None]}
+    assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]
+
+
+@pytest.mark.parametrize(
+    ("tracker", "module", "extra"),
+    [("wandb", "wandb", "wandb"), ("tensorboard", "tensorboardX", "tensorboard")],
+)
+def test_a_missing_package_is_one_line_that_names_the_extra(
+    tracker, module, extra, tmp_path, monkeypatch
+):
+    """And leaves the rows that are there alone."""
+    write(tmp_path, rows_of(1, 2))
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigError, match=rf"log_{tracker}=True .*\.\[{extra}\]") as error:
+        MetricsWriter(tmp_path, step=0, config={}, **{tracker: True})
+    assert "\n" not in str(error.value)
+    assert read_metrics(tmp_path / "metrics.jsonl") == rows_of(1, 2)
+
+
+class Recorder:
+    """Stands in for both trackers' packages and remembers what they are told."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        def call(*args, **kwargs):
+            self.calls.append((name, args, kwargs))
+            return self
+
+        return call
+
+
+def test_trackers_get_the_finite_numbers_of_each_row(tmp_path, monkeypatch):
+    wandb, board = Recorder(), Recorder()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(
+        sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=board.SummaryWriter)
+    )
+    with contextlib.closing(
+        MetricsWriter(tmp_path, step=0, config={"seed": 1}, wandb=True, tensorboard=True)
+    ) as writer:
+        writer.write({"step": 5, "train/loss": 0.5, "val/acc": math.nan, "name": "x"})
+    (_, _, started), *logged = wandb.calls
+    assert started["config"] == {"seed": 1}
+    assert (started["id"], started["resume"]) == (tmp_path.name, "allow")
+    assert logged == [("log", ({"step": 5, "train/loss": 0.5},), {"step": 5}), ("finish", (), {})]
+    assert board.calls == [
+        ("SummaryWriter", (str(tmp_path / "tensorboard"),), {}),
+        ("add_scalar", ("step", 5, 5), {}),
+        ("add_scalar", ("train/loss", 0.5, 5), {}),
+        ("close", (), {}),
+    ]

@@ -1,0 +1,467 @@
+"""The host loop: resuming, stopping, refusing, and the seams for a user's own parts."""
+
+import json
+import signal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jepa_jax
+from jepa_jax import checkpoint, device, runner, train
+from jepa_jax.data import from_arrays
+from jepa_jax.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from jepa_jax.metrics import read_metrics
+from jepa_jax.models import linen_model
+
+STEPS_PER_EPOCH = 4
+
+
+def train_tiny(config, workdir, dataset, overrides=None, **options):
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(overrides or {})
+    state = train.train_and_evaluate(config, workdir, dataset=dataset, **options)
+    return jax.device_get(state), workdir
+
+
+@pytest.fixture
+def run(tiny_config, small_cifar, tmp_path):
+    """Trains the tiny config in a folder below tmp_path; returns the state and the folder."""
+
+    def call(folder="run", dataset=small_cifar, overrides=None, **options):
+        return train_tiny(tiny_config, tmp_path / folder, dataset, overrides, **options)
+
+    return call
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=["loop", "scan"])
+def scan_steps(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tiny_config, small_cifar, tmp_path_factory):
+    """The uninterrupted run: scan_steps -> (state, folder), looped and scanned in pieces of 2."""
+    return {
+        scan_steps: train_tiny(
+            tiny_config,
+            tmp_path_factory.mktemp("whole") / "run",
+            small_cifar,
+            {"training.scan_steps": scan_steps},
+        )
+        for scan_steps in (1, 3)
+    }
+
+
+def summary_of(workdir):
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def rows_without_times(workdir):
+    timed = ("images_per_second", "train_seconds", "total_seconds")
+    rows = read_metrics(workdir / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in timed} for row in rows]
+
+
+def assert_same_state(first, second):
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def signal_after(monkeypatch, step, number=signal.SIGTERM):
+    """Delivers a signal to this process right after the dispatch of that many steps."""
+    original = runner.Runner.run
+    done = 0
+
+    def interrupted(self, state, order):
+        nonlocal done
+        for item in original(self, state, order):
+            before, done = done, done + item[2]
+            if before < step <= done:
+                signal.raise_signal(number)
+            yield item
+
+    monkeypatch.setattr(runner.Runner, "run", interrupted)
+
+
+def test_a_run_leaves_its_numbers(whole_runs, tiny_config):
+    state, workdir = whole_runs[1]
+    summary = summary_of(workdir)
+    for name in ("ridge_probe_acc", "untrained_ridge_probe_acc", "online_probe_acc"):
+        assert 0 <= summary[name] <= 1 and 0 <= summary[f"val_{name}"] <= 1
+    assert summary["feature_dim"] == 8 and summary["seed"] == tiny_config.meta.seed
+    assert summary["steps"] == int(state.step) == 12 and summary["schema_version"] == 1
+    assert summary["params_digest"] == train.params_digest(state.params)
+    assert summary["total_seconds"] >= summary["train_seconds"] > 0
+    rows = read_metrics(workdir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [4, 8, 12]
+    wanted = {"loss", "invariance_loss", "var_loss", "cov_loss", "lr", "probe_loss", "probe_acc"}
+    assert {f"train/{name}" for name in wanted} <= rows[0].keys()
+    assert {"val/online_probe_acc", "test/online_probe_acc", "images_per_second"} <= rows[0].keys()
+    loss = rows[0]["train/invariance_loss"] + rows[0]["train/var_loss"]
+    loss += tiny_config.loss.cov_coeff * rows[0]["train/cov_loss"]
+    assert rows[0]["train/loss"] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_an_interrupted_run_ends_in_the_same_bits(run, whole_runs, monkeypatch, step, scan_steps):
+    """Stopped at an epoch's end (4) or in its middle (6)."""
+    overrides = {"training.scan_steps": scan_steps}
+    whole, whole_dir = whole_runs[scan_steps]
+    with monkeypatch.context() as patch:
+        signal_after(patch, step)
+        with pytest.raises(Interrupted, match=f"stopped at step {step} of 12") as stopped:
+            run("halves", overrides=overrides)
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    resumed, resumed_dir = run("halves", overrides=overrides)
+    assert_same_state(whole, resumed)
+    assert rows_without_times(whole_dir) == rows_without_times(resumed_dir)
+    digests = [summary_of(folder)["params_digest"] for folder in (whole_dir, resumed_dir)]
+    assert digests[0] == digests[1]
+
+
+def test_a_second_signal_does_not_wait(run, monkeypatch, tmp_path):
+    signal_after(monkeypatch, 2, signal.SIGINT)
+    monkeypatch.setattr(
+        train, "_finish_epoch", lambda *args: pytest.fail("the epoch should not be finished")
+    )
+    original = checkpoint.Checkpoints.save
+
+    def save(self, *args):
+        original(self, *args)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", save)
+    with pytest.raises(Interrupted, match="interrupted; the same command"):
+        run()
+
+
+def test_scanned_equals_looped(whole_runs):
+    """The path that accelerators use, forced, follows the loop to rounding."""
+    (_, looped), (_, scanned) = whole_runs[1], whole_runs[3]
+    for one, other in zip(rows_without_times(looped), rows_without_times(scanned), strict=True):
+        assert one["train/loss"] == pytest.approx(other["train/loss"], rel=1e-4)
+
+
+def test_streamed_equals_resident_bit_for_bit(run, whole_runs):
+    resident, _ = whole_runs[1]
+    streamed, _ = run("streamed", overrides={"data.placement": "stream"})
+    assert_same_state(resident, streamed)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(run, whole_runs):
+    first, _ = whole_runs[1]
+    second, _ = run("again")
+    other, _ = run("other", overrides={"meta.seed": 1})
+    assert_same_state(first, second)
+    assert train.params_digest(first.params) != train.params_digest(other.params)
+
+
+def test_a_finished_run_is_not_trained_again(run, monkeypatch):
+    first, workdir = run()
+    before = summary_of(workdir)
+    monkeypatch.setattr(train, "_train", lambda *args: pytest.fail("it trained again"))
+    second, _ = run()
+    assert_same_state(first, second)
+    assert summary_of(workdir) == before
+
+
+def test_an_evaluation_cut_short_is_done_on_the_next_call(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate_ridge", lambda *args, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run()
+    _, workdir = run()
+    assert summary_of(workdir)["steps"] == 12
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("optim.lr", 0.1), ("meta.seed", 7), ("model.width", 8), ("optim.epochs", 9)],
+)
+def test_a_changed_config_is_refused_with_its_key(tiny_config, small_cifar, whole_runs, key, value):
+    _, workdir = whole_runs[1]
+    with pytest.raises(CheckpointError, match=rf"{key}: .* -> {value}.*--init_from=") as refused:
+        train_tiny(tiny_config, workdir, small_cifar, {"training.scan_steps": 1, key: value})
+    assert "\n" not in str(refused.value)
+
+
+def test_a_changed_dataset_is_refused(tiny_config, cifar_arrays, whole_runs):
+    fewer = from_arrays(cifar_arrays["train_images"][:300], cifar_arrays["train_labels"][:300])
+    with pytest.raises(CheckpointError, match="num_train: 400 -> 300"):
+        train_tiny(tiny_config, whole_runs[1][1], fewer, {"training.scan_steps": 1})
+
+
+def test_what_changes_nothing_learnt_may_change_on_resume(run, whole_runs, monkeypatch):
+    with monkeypatch.context() as patch:
+        signal_after(patch, 6)
+        with pytest.raises(Interrupted):
+            run()
+    state, _ = run(overrides={"logging.save_every": 2, "data.placement": "stream"})
+    assert_same_state(whole_runs[1][0], state)
+
+
+def test_init_from_starts_from_another_runs_parameters(run, whole_runs, monkeypatch, tmp_path):
+    source, workdir = whole_runs[1]
+    seen = []
+    original = train._train
+    monkeypatch.setattr(
+        train,
+        "_train",
+        lambda plan, state, *rest: (
+            seen.append(jax.device_get(state)),
+            original(plan, state, *rest),
+        )[1],
+    )
+    run("target", init_from=str(workdir), overrides={"optim.lr": 0.1})
+    jax.tree.map(np.testing.assert_array_equal, seen[0].params, jax.device_get(source.params))
+    assert seen[0].step == 0
+    with pytest.raises(CheckpointError, match=r"another model.*params"):
+        run("wider", init_from=str(workdir), overrides={"model.width": 8})
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        run("nothing", init_from=str(tmp_path / "absent"))
+
+
+def test_a_loss_that_diverges_names_step_and_term(run):
+    def explodes(key, z1, z2, hparams):
+        bad = jnp.where(jnp.mean(z1) > -jnp.inf, jnp.nan, 0.0)
+        loss, terms = train.vicreg(key, z1, z2, hparams)
+        return loss + bad, {**terms, "extra_loss": bad}
+
+    with pytest.raises(TrainingError, match="extra_loss became nan at step 0"):
+        run("bad", loss_fn=explodes)
+
+
+def test_divergence_leaves_the_last_good_checkpoint(run, monkeypatch, tmp_path):
+    original = runner.Runner.run
+    done = 0
+
+    def poisoned(self, state, order):
+        nonlocal done
+        for newest, metrics, count in original(self, state, order):
+            done += count
+            if done == 7:
+                metrics = {**metrics, "cov_loss": jnp.float32(jnp.inf)}
+            yield newest, metrics, count
+
+    monkeypatch.setattr(runner.Runner, "run", poisoned)
+    with pytest.raises(TrainingError, match="cov_loss became inf at step 6"):
+        run()
+    checkpoints = checkpoint.Checkpoints(tmp_path / "run", read_only=True)
+    assert checkpoints.latest_step() == STEPS_PER_EPOCH
+    checkpoints.close()
+
+
+def test_early_stopping_reads_validation_only(run, monkeypatch):
+    val_accs = iter([0.5, 0.4, 0.3])
+    monkeypatch.setattr(
+        train,
+        "_online_probe",
+        lambda plan, state: {
+            "val/online_probe_acc": next(val_accs, 0.0),
+            "test/online_probe_acc": float(state.step) / 100,
+        },
+    )
+    state, workdir = run(overrides={"training.early_stop_epochs": 1})
+    assert int(state.step) == 2 * STEPS_PER_EPOCH
+    assert summary_of(workdir)["epochs"] == 2
+
+
+class Flat(nn.Module):
+    """An encoder that is nobody's ResNet."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dense(6)(x.reshape(x.shape[0], -1))
+        return nn.BatchNorm(use_running_average=not train)(x)
+
+
+class Pair(nn.Module):
+    """A whole model: h and z."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        h = Flat()(x, train)
+        return h, nn.Dense(5)(h)
+
+
+def invariance_only(key, z1, z2, hparams):
+    loss = hparams.sim_coeff * jnp.mean(jnp.square(z1 - z2))
+    return loss, {"pull_loss": loss}
+
+
+@pytest.mark.parametrize("encoder", [Flat(), linen_model(Pair())], ids=["linen", "functions"])
+def test_a_users_own_parts_train_and_load(run, cifar_arrays, encoder):
+    def flips(key, images):
+        images = images.astype(jnp.float32) / 255.0
+        return images, images[:, :, ::-1]
+
+    state, workdir = run(encoder=encoder, loss_fn=invariance_only, augment_fn=flips)
+    assert "train/pull_loss" in read_metrics(workdir / "metrics.jsonl")[0]
+    assert summary_of(workdir)["feature_dim"] == 6
+    with pytest.raises(CheckpointError, match="encoder of its own"):
+        jepa_jax.load_encoder(workdir)
+    loaded, variables = jepa_jax.load_encoder(workdir, encoder=encoder)
+    jax.tree.map(np.testing.assert_array_equal, variables["params"], state.params)
+    assert loaded.apply(variables, cifar_arrays["test_images"][:3]).shape == (3, 6)
+
+
+def test_a_run_is_not_resumed_with_another_loss(tiny_config, small_cifar, whole_runs):
+    with pytest.raises(CheckpointError, match=r"custom.loss_fn: None -> .*invariance_only"):
+        train_tiny(
+            tiny_config,
+            whole_runs[1][1],
+            small_cifar,
+            {"training.scan_steps": 1},
+            loss_fn=invariance_only,
+        )
+
+
+def test_without_labels_there_are_no_probes(run, cifar_arrays):
+    state, workdir = run(dataset=from_arrays(cifar_arrays["train_images"]))
+    assert int(state.step) == 12
+    rows = read_metrics(workdir / "metrics.jsonl")
+    assert len(rows) == 3 and not [key for row in rows for key in row if "acc" in key]
+    assert "ridge_probe_acc" not in summary_of(workdir)
+
+
+def test_without_a_test_split_validation_remains(run, cifar_arrays):
+    dataset = from_arrays(cifar_arrays["train_images"], cifar_arrays["train_labels"])
+    _, workdir = run(dataset=dataset)
+    summary = summary_of(workdir)
+    assert summary["ridge_probe_acc"] is None and 0 < summary["val_ridge_probe_acc"] <= 1
+
+
+def test_validation_labels_never_reach_training(run, monkeypatch, small_cifar):
+    seen = []
+    original = runner.Runner.__init__
+
+    def spy(self, train_step, state, hparams, images, labels, **options):
+        seen.append(labels)
+        original(self, train_step, state, hparams, images, labels, **options)
+
+    monkeypatch.setattr(runner.Runner, "__init__", spy)
+    run()
+    assert (seen[0][-80:] == -1).all()
+    np.testing.assert_array_equal(seen[0][:-80], small_cifar.train_labels[:-80])
+
+
+def test_the_loaded_encoder_gives_what_the_probe_saw(run, cifar_arrays, small_cifar, monkeypatch):
+    seen = []
+    original = train.evaluate_ridge
+    monkeypatch.setattr(
+        train,
+        "evaluate_ridge",
+        lambda encoder, variables, *args, **options: (
+            seen.append(variables),
+            original(encoder, variables, *args, **options),
+        )[1],
+    )
+    _, workdir = run()
+    encoder, variables = jepa_jax.load_encoder(workdir)
+    jax.tree.map(np.testing.assert_array_equal, variables, jax.device_get(seen[0]))
+    images = cifar_arrays["test_images"][:5]
+    np.testing.assert_allclose(
+        encoder.apply(variables, images),
+        encoder.apply(variables, images.astype(np.float32) / 255),
+        rtol=1e-5,
+    )
+
+
+def test_the_whitening_stem_is_part_of_the_untrained_network(run, monkeypatch):
+    plans = []
+    original = train._initial_state
+    monkeypatch.setattr(
+        train, "_initial_state", lambda plan: (plans.append(plan), original(plan))[1]
+    )
+    run()
+    kernel = original(plans[0]).params["encoder"]["stem_conv"]["kernel"]
+    np.testing.assert_allclose(kernel[..., :2], -kernel[..., 2:], rtol=1e-6)
+
+
+def test_one_compilation_per_run(run, monkeypatch):
+    """Nothing compiles after the first epoch, and the step itself is traced once."""
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, duration, **kwargs: (
+            compiled.append(event) if "backend_compile" in event else 0
+        )
+    )
+    counts, traces = [], []
+    original_write, original_make = train.MetricsWriter.write, train.make_train_step
+    monkeypatch.setattr(
+        train.MetricsWriter,
+        "write",
+        lambda self, row: (counts.append(len(compiled)), original_write(self, row)),
+    )
+
+    def counting(*args, **options):
+        step = original_make(*args, **options)
+        return lambda *inputs: (traces.append(1), step(*inputs))[1]
+
+    monkeypatch.setattr(train, "make_train_step", counting)
+    run(overrides={"training.scan_steps": 1})
+    assert counts[0] > 0 and counts[0] == counts[-1] and len(counts) == 3
+    assert len(traces) == 1
+
+
+def test_no_implicit_transfer_inside_an_epoch(run, monkeypatch, scan_steps):
+    original = train._train_epoch
+
+    def guarded(*args):
+        with jax.transfer_guard("disallow"):
+            return original(*args)
+
+    monkeypatch.setattr(train, "_train_epoch", guarded)
+    run(overrides={"training.scan_steps": scan_steps})
+    with jax.transfer_guard("disallow"), pytest.raises(Exception, match="[Dd]isallowed"):
+        jnp.add(jnp.float32(1), np.ones(3, np.float32))  # the guard does guard
+
+
+def test_a_model_that_does_not_fit_is_refused_with_a_batch_that_does(run, monkeypatch):
+    monkeypatch.setattr(device, "memory_limit", lambda: 30 * 2**20)
+    with pytest.raises(ConfigError, match=r"batch_size=100 needs .* GiB.*batch_size=\d+ fits"):
+        run(overrides={"data.placement": "device", "model.width": 32})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"data.batch_size": 401}, "batch_size .401. is larger than the 400 training images"),
+        ({"data.num_val": 400}, "num_val .400. leaves none of the 400"),
+        ({"optim.warmup_epochs": 4.0}, "warmup_epochs .4.0. is longer than"),
+        (
+            {"data.placement": "stream", "training.scan_steps": 3},
+            "scan_steps > 1 needs config.data.placement=device",
+        ),
+    ],
+)
+def test_impossible_combinations_are_refused(run, overrides, message):
+    with pytest.raises(ConfigError, match=message) as refused:
+        run(overrides=overrides)
+    assert "\n" not in str(refused.value)
+
+
+def test_warmup_as_long_as_training_is_legal(run):
+    state, _ = run(overrides={"optim.warmup_epochs": 3.0})
+    assert int(state.step) == 12
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(run, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        run("file/run")
+
+
+def test_a_damaged_checkpoint_is_one_line(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        signal_after(patch, 6)
+        with pytest.raises(Interrupted):
+            run()
+    for path in (tmp_path / "run" / "checkpoints" / "6").rglob("*"):
+        if path.is_file() and path.stat().st_size > 200:
+            path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="checkpoints/6 cannot be restored") as refused:
+        run()
+    assert "\n" not in str(refused.value)
