@@ -1,6 +1,5 @@
 """From a run's folder back to live objects."""
 
-import json
 import os
 import pathlib
 from typing import Any
@@ -11,6 +10,7 @@ from ml_collections import ConfigDict
 from jepa_jax import checkpoint
 from jepa_jax.config import create_encoder
 from jepa_jax.errors import CheckpointError
+from jepa_jax.metrics import read_json
 from jepa_jax.models import Encoder, ModelFns
 
 
@@ -34,7 +34,7 @@ def load_encoder(
     for name in ("config.json", "encoder"):
         if not (workdir / name).exists():
             raise CheckpointError(f"{workdir} holds no finished run: {name} is missing")
-    stored = json.loads((workdir / "config.json").read_text())
+    stored = read_json(workdir / "config.json")
     if encoder is None and "encoder" in stored["custom"]:
         raise CheckpointError(
             f"{workdir} was trained with an encoder of its own, {stored['custom']['encoder']}: "

@@ -11,6 +11,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from jepa_jax.errors import CheckpointError
 
 _SELECTED_BY = "val/online_probe_acc"
+# Below any accuracy: a checkpoint saved in the middle of an epoch is never the best.
+_UNMEASURED = -1.0
 
 
 def _score(metrics: Mapping[str, float]) -> float:
@@ -74,7 +76,7 @@ class Checkpoints:
                 progress=ocp.args.JsonSave(dict(progress)),
                 shapes=ocp.args.JsonSave(_shapes(state)),
             ),
-            metrics={_SELECTED_BY: metrics[_SELECTED_BY]} if _SELECTED_BY in metrics else None,
+            metrics={_SELECTED_BY: metrics.get(_SELECTED_BY, _UNMEASURED)},
         )
 
     def restore(self, step: int, template: Any = None) -> tuple[Any, dict[str, Any]]:

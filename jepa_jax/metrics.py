@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from jepa_jax.errors import ConfigError
+from jepa_jax.errors import CheckpointError, ConfigError
 
 Row = dict[str, Any]
 
@@ -20,6 +20,18 @@ def write_json(path: pathlib.Path, content: Any) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(partial, path)
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+      CheckpointError: if it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[Row]:

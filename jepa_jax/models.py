@@ -122,6 +122,7 @@ class ResNet(nn.Module):
 
 
 ResNet18 = functools.partial(ResNet, stage_sizes=(2, 2, 2, 2), width=64)
+ResNet18.__doc__ = "`ResNet` with the sizes of ResNet-18, F = 512; takes its other attributes."
 
 
 class Projector(nn.Module):

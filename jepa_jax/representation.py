@@ -99,14 +99,13 @@ def evaluate_ridge(
     """
     train, val = split_validation(dataset, num_val)
     features = extract_features(encoder.apply, variables, dataset.train_images)
-    labels = np.asarray(dataset.train_labels)
     test = None
     if dataset.test_labels is not None:
         test_features = extract_features(encoder.apply, variables, dataset.test_images)
         test = (test_features, jnp.asarray(dataset.test_labels))
     result = ridge_probe(
-        (features[train], jnp.asarray(labels[train])),
-        (features[val], jnp.asarray(labels[val])),
+        (features[train], jnp.asarray(dataset.train_labels[train])),
+        (features[val], jnp.asarray(dataset.train_labels[val])),
         test,
         num_classes=dataset.num_classes,
     )

@@ -36,7 +36,7 @@ from jepa_jax.config import (
 )
 from jepa_jax.data import Dataset, choose_placement, epoch_order, load_dataset
 from jepa_jax.errors import CheckpointError, ConfigError, Interrupted, TrainingError
-from jepa_jax.metrics import MetricsWriter, write_json
+from jepa_jax.metrics import MetricsWriter, read_json, write_json
 from jepa_jax.models import Encoder, ModelFns, patch_whitening_kernel
 from jepa_jax.probes import accuracy
 from jepa_jax.progress import Progress, Stopwatch, duration, say
@@ -93,7 +93,10 @@ class _Plan:
 
     @property
     def has_labels(self) -> bool:
-        return self.dataset.train_labels is not None
+        """Whether there is something to fit a probe to and something to choose on."""
+        labels = self.dataset.train_labels
+        splits = split_validation(self.dataset, self.config.data.num_val)
+        return labels is not None and all((labels[split] >= 0).any() for split in splits)
 
 
 def _name_of(thing: Any) -> str:
@@ -199,8 +202,8 @@ def _new_progress() -> dict[str, Any]:
     }
 
 
-def _claim_workdir(plan: _Plan) -> None:
-    """Stores what the run is, or checks that the run stored there is this one."""
+def _claim_workdir(plan: _Plan, has_checkpoint: bool) -> None:
+    """Stores what the run is, or checks that the run whose checkpoint is there is this one."""
     path = plan.workdir / "config.json"
     identity = {
         "config": json.loads(plan.config.to_json()),
@@ -212,8 +215,8 @@ def _claim_workdir(plan: _Plan) -> None:
         "custom": plan.custom,
         "init_from": plan.init_from,
     }
-    if path.exists():
-        stored = json.loads(path.read_text())
+    if has_checkpoint:
+        stored = read_json(path)
         changed = changed_keys(
             {**stored["config"], **{k: stored[k] for k in identity if k != "config"}},
             {**identity["config"], **{k: identity[k] for k in identity if k != "config"}},
@@ -234,9 +237,8 @@ def _claim_workdir(plan: _Plan) -> None:
     write_json(path, {**identity, "schema_version": SCHEMA_VERSION, "environment": environment})
 
 
-def _resume(plan: _Plan, checkpoints: checkpoint.Checkpoints):
+def _resume(plan: _Plan, checkpoints: checkpoint.Checkpoints, state: TrainState):
     """(state, progress): from the latest checkpoint, from another run's parameters, or fresh."""
-    state = _initial_state(plan)
     step = checkpoints.latest_step()
     if step is not None:
         return checkpoints.restore(step, state)
@@ -309,13 +311,15 @@ def _training_labels(plan: _Plan) -> np.ndarray:
 def _check_finite(metrics: dict[str, np.ndarray], last_step: int, count: int) -> None:
     """Raises TrainingError that names the first step and term that is NaN or infinite."""
     watched = [name for name in metrics if name.endswith("_loss") and name != "probe_loss"]
-    for name in [*watched, "loss", "grad_norm"]:
-        bad = np.flatnonzero(~np.isfinite(metrics[name]))
-        if bad.size:
-            raise TrainingError(
-                f"{name} became {metrics[name][bad[0]]} at step {last_step - count + bad[0]}: "
-                "try a lower config.optim.lr; the last good checkpoint is untouched"
-            )
+    watched += ["loss", "grad_norm"]
+    is_bad = np.stack([~np.isfinite(metrics[name]) for name in watched])
+    if is_bad.any():
+        first = int(np.argmax(is_bad.any(axis=0)))
+        name = watched[int(np.argmax(is_bad[:, first]))]
+        raise TrainingError(
+            f"{name} became {metrics[name][first]} at step {last_step - count + first}: try a "
+            "lower config.optim.lr; the last good checkpoint is untouched"
+        )
 
 
 class _StopRequest:
@@ -462,14 +466,14 @@ def params_digest(params: Any) -> str:
     return digest.hexdigest()
 
 
-def _evaluate_final(plan: _Plan, state: TrainState, progress, session) -> dict[str, Any]:
+def _evaluate_final(plan, state, untrained, progress, session) -> dict[str, Any]:
     """Ridge probes of the last step and of the untrained network; writes `encoder/`, summary."""
     say("evaluating the last step and the same network untrained by ridge probe ...")
     images = _clean_images(plan)
     trained = reestimate_batch_stats(plan.encoder, _variables(state), images)
     summary: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
     if plan.has_labels:
-        untrained = reestimate_batch_stats(plan.encoder, _variables(_initial_state(plan)), images)
+        untrained = reestimate_batch_stats(plan.encoder, jax.device_put(untrained), images)
         num_val = plan.config.data.num_val
         for name, variables in (("", trained), ("untrained_", untrained)):
             ridge = evaluate_ridge(plan.encoder, variables, plan.dataset, num_val=num_val)
@@ -521,6 +525,7 @@ def _print_header(plan: _Plan, state: TrainState, progress: dict[str, Any]) -> N
         lines["resumed"] = f"at step {int(state.step)}"
     elif plan.init_from:
         lines["init"] = f"parameters of {plan.init_from}"
+    lines["config"] = f"{plan.workdir / 'config.json'} has every value"
     for name, text in lines.items():
         say(f"{name:<10}{text}")
     if jax.default_backend() == "cpu" and compute_dtype(config) is jnp.bfloat16:
@@ -640,18 +645,20 @@ def train_and_evaluate(
     validate(config)
     workdir = _prepare_workdir(workdir)
     plan = _make_plan(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from)
-    _claim_workdir(plan)
     with contextlib.closing(checkpoint.Checkpoints(workdir)) as checkpoints:
-        state, progress = _resume(plan, checkpoints)
+        _claim_workdir(plan, checkpoints.latest_step() is not None)
+        fresh = _initial_state(plan)
+        untrained = jax.device_get(_variables(fresh))
+        state, progress = _resume(plan, checkpoints, fresh)
         session.add(progress["total_seconds"])
         _print_header(plan, state, progress)
         if not _is_over(plan, progress):
             state, progress = _train(plan, state, progress, checkpoints, session)
     summary_path = workdir / "summary.json"
     if summary_path.exists():
-        summary = json.loads(summary_path.read_text())
+        summary = read_json(summary_path)
         say("this run is finished; another --workdir starts a new one")
     else:
-        summary = _evaluate_final(plan, state, progress, session)
+        summary = _evaluate_final(plan, state, untrained, progress, session)
     _print_summary(plan, summary)
     return state

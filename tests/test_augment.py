@@ -124,7 +124,9 @@ def test_hue_equals_colorsys(delta, floats):
 
 
 def test_hue_of_pure_colours_turns_red_to_green_to_blue():
-    red, green, blue = (np.broadcast_to(np.eye(3, dtype=np.float32)[c], (1, 1, 3)) for c in range(3))
+    red, green, blue = (
+        np.broadcast_to(np.eye(3, dtype=np.float32)[c], (1, 1, 3)) for c in range(3)
+    )
     for start, delta, end in ((red, 1 / 3, green), (green, 1 / 3, blue), (red, -1 / 3, blue)):
         np.testing.assert_allclose(jax.jit(adjust_hue)(start, np.float32(delta)), end, atol=1e-5)
 
@@ -379,7 +381,9 @@ def test_conventions_of_the_public_functions():
         for name, function in inspect.getmembers(augment, inspect.isfunction)
         if function.__module__ == augment.__name__ and not name.startswith("_")
     }
-    assert {"adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue"} <= set(public)
+    assert {"adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue"} <= set(
+        public
+    )
     for name, function in public.items():
         parameters = list(inspect.signature(function).parameters.values())
         is_random = name.startswith("random_") or name == "two_views"

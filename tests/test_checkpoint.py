@@ -69,7 +69,7 @@ def workdir(tmp_path):
     return tmp_path
 
 
-def test_a_state_comes_back_bit_for_bit_in_another_process_too(workdir):
+def test_a_state_comes_back_bit_for_bit_when_the_folder_is_opened_again(workdir):
     with opened(workdir) as checkpoints:
         assert checkpoints.latest_step() == 3
         state, progress = checkpoints.restore(3, some_state(seed=99))
@@ -125,7 +125,7 @@ def test_a_step_that_is_there_is_not_written_again(workdir):
 
 
 def test_a_save_that_was_cut_off_is_never_picked_up(workdir):
-    """A killed process leaves a folder without orbax's mark of completion under a temporary name."""
+    """A killed process leaves a folder under a temporary name."""
     whole = workdir / "checkpoints" / "3"
     shutil.copytree(whole, whole.with_name("4.orbax-checkpoint-tmp"))
     with opened(workdir) as checkpoints:

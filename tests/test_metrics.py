@@ -8,8 +8,8 @@ import types
 
 import pytest
 
-from jepa_jax.errors import ConfigError
-from jepa_jax.metrics import MetricsWriter, read_metrics, write_json
+from jepa_jax.errors import CheckpointError, ConfigError
+from jepa_jax.metrics import MetricsWriter, read_json, read_metrics, write_json
 
 
 def rows_of(*steps):
@@ -72,11 +72,21 @@ def test_json_files_are_replaced_whole_and_leave_nothing_behind(tmp_path):
     path = tmp_path / "summary.json"
     for content in ({"steps": 1}, {"steps": 2, "nested": [1.5, None]}):
         write_json(path, content)
-        assert json.loads(path.read_text()) == content
+        assert read_json(path) == content
     with pytest.raises(TypeError):
         write_json(path, {"steps": object()})
-    assert json.loads(path.read_text()) == {"steps": 2, "nested": [1.5, None]}
+    assert read_json(path) == {"steps": 2, "nested": [1.5, None]}
     assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]
+
+
+@pytest.mark.parametrize("content", [None, '{"steps": ', b"\xff\xfe"])
+def test_an_absent_or_damaged_json_file_is_one_line_that_names_it(content, tmp_path):
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read") as error:
+        read_json(path)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -90,9 +90,7 @@ def test_constant_and_repeated_features_are_harmless():
 
     plain = ridge_probe(train, val, num_classes=4, lambdas=[1e-3])
     # A constant of the training images that moves in the others must have no say either.
-    wide = ridge_probe(
-        widened(train, 1000.0), widened(val, 1013.0), num_classes=4, lambdas=[1e-3]
-    )
+    wide = ridge_probe(widened(train, 1000.0), widened(val, 1013.0), num_classes=4, lambdas=[1e-3])
     assert wide["val_acc"] == pytest.approx(plain["val_acc"], abs=0.03)
 
 
@@ -124,7 +122,9 @@ def test_images_without_a_label_are_left_out():
 
     def with_unlabelled(split):
         noise = jnp.flip(split[0]) * 3.0
-        return jnp.concatenate([split[0], noise]), jnp.concatenate([split[1], jnp.full_like(split[1], -1)])
+        return jnp.concatenate([split[0], noise]), jnp.concatenate(
+            [split[1], jnp.full_like(split[1], -1)]
+        )
 
     expected = ridge_probe(train, val, test, num_classes=4)
     found = ridge_probe(*map(with_unlabelled, (train, val, test)), num_classes=4)

@@ -92,9 +92,7 @@ def test_statistics_do_not_depend_on_the_running_ones_and_make_evaluation_equal_
     once = reestimate_batch_stats(encoder, variables, images)
     again = reestimate_batch_stats(encoder, once, images)
     assert jax.tree.structure(once) == jax.tree.structure(variables)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), again, once
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), again, once)
     train = jax.jit(lambda v, x: model.apply(v, encoder.normalize(x), True)[0][0])
     np.testing.assert_allclose(
         encoder.apply(once, images), train(variables, images), rtol=1e-3, atol=1e-4
@@ -170,9 +168,7 @@ def test_ridge_evaluation_is_the_probe_on_the_three_splits(dataset):
 
 def test_test_labels_never_change_the_choice(dataset):
     wrong = (dataset.test_labels + 1) % 3
-    other = from_arrays(
-        dataset.train_images, dataset.train_labels, dataset.test_images, wrong
-    )
+    other = from_arrays(dataset.train_images, dataset.train_labels, dataset.test_images, wrong)
     found = evaluate_ridge(COLOURS, {}, dataset, num_val=30)
     with_wrong = evaluate_ridge(COLOURS, {}, other, num_val=30)
     assert found["test_acc"] > 0.6 > 0.4 > with_wrong["test_acc"]

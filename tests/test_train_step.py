@@ -164,7 +164,7 @@ def vicreg_by_hand(z1, z2, hparams):
 
 @jax.jit
 def forward_by_hand(params, batch_stats, key, images, hparams):
-    """(loss, (h of the first view, batch_stats)), gradients: no function of the package but dimmed."""
+    """(loss, (h of the first view, batch_stats)) and gradients, by the module's own apply alone."""
     views = [
         (view - np.float32(MEAN)[None, None, None]) / np.float32(STD)[None, None, None]
         for view in dimmed(key, images)
@@ -395,9 +395,7 @@ def test_a_custom_loss_receives_its_own_key_and_the_hparams(batch):
 
 def with_random_probe(state):
     rng = np.random.default_rng(1)
-    params = jax.tree.map(
-        lambda p: jnp.float32(0.3 * rng.normal(size=p.shape)), state.probe.params
-    )
+    params = jax.tree.map(lambda p: jnp.float32(0.3 * rng.normal(size=p.shape)), state.probe.params)
     return state.replace(probe=state.probe.replace(params=params))
 
 
@@ -437,6 +435,7 @@ def test_without_classes_there_is_no_probe(dense_step, batch):
     hparams = some_hparams()
     state = new_state(DENSE, hparams, num_classes=0)
     after, metrics = dense_step(state, *batch, hparams)
+    assert state.probe is after.probe is None
     assert not {"probe_loss", "probe_acc"} & set(metrics)
     expected, _ = dense_step(new_state(DENSE, hparams), *batch, hparams)
     assert_trees_close(after.params, expected.params)
@@ -474,7 +473,9 @@ def test_scan_equals_the_loop_and_padding_rows_change_nothing(
     assert_trees_close(jax.tree.map(lambda m: m[:3], metrics), expected_metrics, rtol=1e-3)
     assert all(np.all(values[3:] == 0.0) for values in metrics.values())
     # A program of padding alone gives back the very bits that came in.
-    assert_trees_equal(resnet_epoch(state, *data, np.full_like(padded, -1), some_hparams())[0], state)
+    assert_trees_equal(
+        resnet_epoch(state, *data, np.full_like(padded, -1), some_hparams())[0], state
+    )
 
 
 def test_every_row_of_a_vmapped_sweep_equals_its_single_run(dense_step, data):

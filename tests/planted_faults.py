@@ -1,0 +1,440 @@
+"""Plants one fault at a time in a copy of the package and checks that its test file notices.
+
+    python tests/planted_faults.py          # all of them, in a few minutes
+    python tests/planted_faults.py optim    # those whose file name contains a word
+
+Prints a line for every fault and exits with 1 if one was missed, or if a test file fails without
+any. Not collected by pytest.
+"""
+
+import concurrent.futures
+import dataclasses
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TIMEOUT_SECONDS = 180
+NUM_WORKERS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """In `file` of the package, `old` becomes `new`; the named test file must fail."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+FAULTS = [
+    Fault(
+        "a sign: the views are added",
+        "losses.py",
+        "jnp.square(z1 - z2)",
+        "jnp.square(z1 + z2)",
+        "test_losses.py",
+    ),
+    Fault(
+        "ddof 0 in the variance",
+        "losses.py",
+        "jnp.var(z, axis=0, ddof=1)",
+        "jnp.var(z, axis=0, ddof=0)",
+        "test_losses.py",
+    ),
+    Fault(
+        "ddof 0 in the covariance",
+        "losses.py",
+        "jnp.square(gram / (num_rows - 1))",
+        "jnp.square(gram / num_rows)",
+        "test_losses.py",
+    ),
+    Fault(
+        "the covariance centred along the wrong axis",
+        "losses.py",
+        "jnp.mean(z, axis=0, keepdims=True)",
+        "jnp.mean(z, axis=1, keepdims=True)",
+        "test_losses.py",
+    ),
+    Fault(
+        "eps outside the square root",
+        "losses.py",
+        "jnp.sqrt(jnp.var(z, axis=0, ddof=1) + eps)",
+        "(jnp.sqrt(jnp.var(z, axis=0, ddof=1)) + eps)",
+        "test_losses.py",
+    ),
+    Fault(
+        "the paper's balance off by one",
+        "losses.py",
+        "return (num_dims - 1) / 25",
+        "return num_dims / 25",
+        "test_losses.py",
+    ),
+    Fault(
+        "the variance of one view twice",
+        "losses.py",
+        "variance_loss(z1) + variance_loss(z2)",
+        "variance_loss(z1) + variance_loss(z1)",
+        "test_losses.py",
+    ),
+    Fault(
+        "LARS clips the ratio, not the rate",
+        "optim.py",
+        "jnp.minimum(ratio / rate, 1.0)",
+        "jnp.minimum(ratio, 1.0)",
+        "test_optim.py",
+    ),
+    Fault(
+        "LARS scales one-axis parameters",
+        "optim.py",
+        "if p.ndim <= 1:",
+        "if p.ndim < 1:",
+        "test_optim.py",
+    ),
+    Fault(
+        "LARS damps the new gradient too",
+        "optim.py",
+        "lambda m, g: momentum * m + g,",
+        "lambda m, g: momentum * (m + g),",
+        "test_optim.py",
+    ),
+    Fault(
+        "weight decay on one-axis parameters",
+        "optim.py",
+        "jnp.ndim(p) > 1",
+        "jnp.ndim(p) > 0",
+        "test_optim.py",
+    ),
+    Fault(
+        "Muon orthogonalises the wrong axes",
+        "optim.py",
+        "MuonDimensionNumbers(tuple(range(p.ndim - 1)), p.ndim - 1)",
+        "MuonDimensionNumbers(tuple(range(1, p.ndim)), 0)",
+        "test_optim.py",
+    ),
+    Fault(
+        "warm-up off by one step",
+        "optim.py",
+        "(peak - start) * step / ",
+        "(peak - start) * (step + 1.0) / ",
+        "test_optim.py",
+    ),
+    Fault(
+        "the flip never happens",
+        "augment.py",
+        "jnp.where(flipped, cols[::-1], cols)",
+        "jnp.where(flipped, cols, cols)",
+        "test_augment.py",
+    ),
+    Fault(
+        "solarize leaves the threshold itself",
+        "augment.py",
+        "image >= threshold",
+        "image > threshold",
+        "test_augment.py",
+    ),
+    Fault(
+        "the hue turns backwards",
+        "augment.py",
+        "sixths / 6.0 + delta",
+        "sixths / 6.0 - delta",
+        "test_augment.py",
+    ),
+    Fault(
+        "luma of permuted channels",
+        "augment.py",
+        "_LUMA = (0.2989, 0.587, 0.114)",
+        "_LUMA = (0.114, 0.587, 0.2989)",
+        "test_augment.py",
+    ),
+    Fault(
+        "shrinking without anti-aliasing",
+        "augment.py",
+        " / jnp.maximum(stretch, 1.0)",
+        "",
+        "test_augment.py",
+    ),
+    Fault(
+        "a crop that reads one pixel beyond its box",
+        "augment.py",
+        "(pixels < start + extent)",
+        "(pixels <= start + extent)",
+        "test_augment.py",
+    ),
+    Fault(
+        "blends without a clip",
+        "augment.py",
+        "return jnp.clip(factor * image + (1.0 - factor) * other, 0.0, 1.0)",
+        "return factor * image + (1.0 - factor) * other",
+        "test_augment.py",
+    ),
+    Fault(
+        "jitter: blends after the hue are made before it again",
+        "augment.py",
+        "lambda place: place > hue_place",
+        "lambda place: place < hue_place",
+        "test_augment.py",
+    ),
+    Fault(
+        "two views of one key",
+        "augment.py",
+        "view(keys[0], images), view(keys[1], images)",
+        "view(keys[0], images), view(keys[0], images)",
+        "test_augment.py",
+    ),
+    Fault(
+        "PyTorch's momentum in Flax's BatchNorm",
+        "models.py",
+        "momentum=0.9, epsilon",
+        "momentum=0.1, epsilon",
+        "test_models.py",
+    ),
+    Fault(
+        "fan-in for fan-out",
+        "models.py",
+        "shape[0] * shape[1] * shape[3]",
+        "shape[0] * shape[1] * shape[2]",
+        "test_models.py",
+    ),
+    Fault(
+        "Flax's padding of strided convolutions",
+        "models.py",
+        "            padding=1,\n",
+        '            padding="SAME",\n',
+        "test_models.py",
+    ),
+    Fault(
+        "mean and standard deviation swapped",
+        "models.py",
+        "return (to_float(images) - mean) / std",
+        "return (to_float(images) - std) / mean",
+        "test_models.py",
+    ),
+    Fault(
+        "whitening filters transposed",
+        "models.py",
+        "kernel.transpose(1, 2, 0, 3)",
+        "kernel.transpose(2, 1, 0, 3)",
+        "test_models.py",
+    ),
+    Fault(
+        "the penalty chosen on the test set",
+        "probes.py",
+        "max((score(val, candidate)",
+        "max((score(test or val, candidate)",
+        "test_probes.py",
+    ),
+    Fault(
+        "the covariance not divided by N, the targets' product is",
+        "probes.py",
+        "covariance = features.T @ features / features.shape[0]",
+        "covariance = features.T @ features",
+        "test_probes.py",
+    ),
+    Fault(
+        "images without a label count as wrong",
+        "probes.py",
+        "jnp.sum((labels >= 0)",
+        "jnp.sum((labels >= -1)",
+        "test_probes.py",
+    ),
+    Fault(
+        "the -1 mask of the online probe dropped",
+        "train_step.py",
+        "is_labelled = (labels >= 0)",
+        "is_labelled = (labels >= -1)",
+        "test_train_step.py",
+    ),
+    Fault(
+        "the same views at every step",
+        "train_step.py",
+        'stream_key(hparams.seed, "views", state.step)',
+        'stream_key(hparams.seed, "views", 0)',
+        "test_train_step.py",
+    ),
+    Fault(
+        "the loss draws from the views' stream",
+        "train_step.py",
+        'stream_key(hparams.seed, "loss", state.step)',
+        'stream_key(hparams.seed, "views", state.step)',
+        "test_train_step.py",
+    ),
+    Fault(
+        "the first view twice",
+        "train_step.py",
+        "views[1], True",
+        "views[0], True",
+        "test_train_step.py",
+    ),
+    Fault(
+        "a step at the next step's rate",
+        "train_step.py",
+        "_optimizer(optimizer, hparams, state.step)",
+        "_optimizer(optimizer, hparams, state.step + 1)",
+        "test_train_step.py",
+    ),
+    Fault(
+        "padding rows are trained on",
+        "train_step.py",
+        "batch_indices[0] >= 0,",
+        "batch_indices[0] >= -1,",
+        "test_train_step.py",
+    ),
+    Fault(
+        "the statistics of the second view are lost",
+        "train_step.py",
+        "(_, z2), batch_stats = model.apply",
+        "(_, z2), _ = model.apply",
+        "test_train_step.py",
+    ),
+    Fault(
+        "the probe's gradient reaches the encoder",
+        "train_step.py",
+        "return loss, (terms, h1, batch_stats)",
+        "return loss + jnp.mean(h1), (terms, h1, batch_stats)",
+        "test_train_step.py",
+    ),
+    Fault(
+        "the filling of the last chunk is kept",
+        "representation.py",
+        "jax.device_put(chunk))[:count]",
+        "jax.device_put(chunk))",
+        "test_representation.py",
+    ),
+    Fault(
+        "moments divided by the momentum",
+        "representation.py",
+        "zero / (1.0 - (one - zero))",
+        "zero / (one - zero)",
+        "test_representation.py",
+    ),
+    Fault(
+        "validation images that the probe was fitted on",
+        "representation.py",
+        "slice(boundary, boundary + num_val)",
+        "slice(0, num_val)",
+        "test_representation.py",
+    ),
+    Fault(
+        "the newest checkpoint dropped when it is not the best",
+        "checkpoint.py",
+        "preservation_policy.LatestN(1),",
+        "",
+        "test_checkpoint.py",
+    ),
+    Fault(
+        "a resumed run keeps the row it will write again",
+        "metrics.py",
+        'row["step"] <= step',
+        'row["step"] <= step + 10',
+        "test_metrics.py",
+    ),
+    Fault(
+        "warm-up in epochs where steps are meant",
+        "config.py",
+        "round(optim.warmup_epochs * steps_per_epoch)",
+        "round(optim.warmup_epochs)",
+        "test_config.py",
+    ),
+    Fault(
+        "a warm-up as long as the training refused",
+        "config.py",
+        "if optim.warmup_epochs > optim.epochs:",
+        "if optim.warmup_epochs >= optim.epochs:",
+        "test_config.py",
+    ),
+    Fault(
+        "an epoch in the order of the disk",
+        "data/batches.py",
+        "jax.random.permutation(key, jnp.arange(num_images, dtype=jnp.int32))",
+        "jnp.arange(num_images, dtype=jnp.int32)",
+        "test_data.py",
+    ),
+    Fault(
+        "labels of other images",
+        "data/batches.py",
+        "return images[indices], labels[indices]",
+        "return images[indices], labels[indices[::-1]]",
+        "test_data.py",
+    ),
+]
+
+
+def check_that_faults_fit() -> None:
+    """Exits unless every fault's text occurs exactly once: one that fits nowhere proves nothing."""
+    for fault in FAULTS:
+        count = (ROOT / "jepa_jax" / fault.file).read_text().count(fault.old)
+        if count != 1:
+            sys.exit(f"{fault.file} has {fault.old!r} {count} times, not once: {fault.what}")
+
+
+def run_tests(test: str, fault: Fault | None) -> tuple[int, str]:
+    """pytest's exit status and output for a test file over a copy of everything."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder)
+        for name in ("jepa_jax", "tests", "configs"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        if fault:
+            path = copy / "jepa_jax" / fault.file
+            path.write_text(path.read_text().replace(fault.old, fault.new))
+        # Quick compiling matters here, and quick programs do not.
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+        try:
+            result = subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "pytest",
+                    "-x",
+                    "-q",
+                    "-p",
+                    "no:cacheprovider",
+                    f"tests/{test}",
+                ],
+                cwd=copy,
+                env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": folder},
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            return -1, f"no end after {TIMEOUT_SECONDS} s"
+    return result.returncode, result.stdout + result.stderr
+
+
+def outcome(test: str, fault: Fault | None) -> str:
+    """'caught' or 'passes'; in capitals what should not be."""
+    code, output = run_tests(test, fault)
+    if fault is None and code == 0:
+        return "passes"
+    if fault is not None and code == 1 and "FAILED " in output:
+        return "caught"
+    last = " ".join(output.strip().splitlines()[-1:])
+    return f"{'MISSED' if fault else 'FAILS'}: pytest ended with {code} ({last})"
+
+
+def main(words: list[str]) -> None:
+    check_that_faults_fit()
+    faults = [f for f in FAULTS if not words or any(word in f.file for word in words)]
+    # Each test file without a fault first: a test that always fails would catch everything.
+    runs = [(test, None) for test in dict.fromkeys(f.test for f in faults)]
+    runs += [(fault.test, fault) for fault in faults]
+    wrong = 0
+    with concurrent.futures.ThreadPoolExecutor(NUM_WORKERS) as pool:
+        outcomes = pool.map(outcome, *zip(*runs, strict=True))
+        for (test, fault), found in zip(runs, outcomes, strict=True):
+            file, what = (fault.file, fault.what) if fault else (test, "no fault")
+            print(f"{file:<22} {what:<56} {found}", flush=True)
+            wrong += found not in ("caught", "passes")
+    print(f"{len(faults)} faults, {wrong} lines that are not as they should be")
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,400 @@
+"""Configs: rapid.py mirrors rapid.yaml, the others say what they change, mistakes are one line."""
+
+import ast
+import copy
+import importlib
+import json
+import math
+import pathlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import cpu, default, full, rapid
+from jepa_jax.config import (
+    changed_keys,
+    compute_dtype,
+    create_encoder,
+    flatten,
+    hparams_from,
+    known_keys,
+    validate,
+)
+from jepa_jax.errors import ConfigError
+from jepa_jax.models import Encoder, ModelFns
+
+# Every key and value of the reference's rapid.yaml.
+RAPID_YAML = {
+    "meta.seed": 42,
+    "meta.device": "auto",
+    "data.dataset": "cifar10",
+    "data.batch_size": 3072,
+    "data.num_workers": 16,
+    "model.type": "resnet",
+    "model.use_projector": True,
+    "model.proj_hidden_dim": 4096,
+    "model.proj_output_dim": 4096,
+    "loss.type": "vicreg",
+    "loss.std_coeff": 25.0,
+    "loss.cov_coeff": 1.0,
+    "optim.epochs": 50,
+    "optim.lr": 0.707,
+    "optim.weight_decay": 1e-4,
+    "optim.warmup_epochs": 5,
+    "optim.warmup_start_lr": 3e-5,
+    "optim.min_lr": 0.0,
+    "training.use_amp": True,
+    "training.dtype": "bfloat16",
+    "logging.log_wandb": False,
+    "logging.log_every": 5,
+    "logging.save_every": 50,
+    "logging.tqdm_silent": False,
+}
+# The environment of the reference also sets this one.
+ALSO_IN_USE = {"meta.model_folder"}
+# Beside those: new keys at the values with which the code does what the reference does.
+REFERENCE_BEHAVIOUR = {
+    "loss.sim_coeff": 1.0,
+    "model.stem_padding": 2,
+    "model.stem_stride": 1,
+    "model.stem_init": "random",
+    "model.stage_sizes": (2, 2, 2, 2),
+    "model.width": 64,
+    "optim.name": "lars",
+    "optim.momentum": 0.9,
+    "data.mean": (0.4914, 0.4822, 0.4465),
+    "data.std": (0.2023, 0.1994, 0.2010),
+}
+CONFIG_FILES = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("[!_]*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.stem)
+def test_every_config_is_valid_and_names_its_command(path):
+    module = importlib.import_module(f"configs.{path.stem}")
+    config = module.get_config()
+    validate(config)
+    assert list(flatten(config)) == list(flatten(rapid.get_config()))
+    assert f"--config=configs/{path.name}" in ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_rapid_mirrors_rapid_yaml():
+    flat = flatten(rapid.get_config())
+    assert {key: flat[key] for key in RAPID_YAML} == RAPID_YAML
+    assert {key: flat[key] for key in REFERENCE_BEHAVIOUR} == REFERENCE_BEHAVIOUR
+
+
+def test_keys_that_are_not_in_rapid_yaml_are_marked_as_new():
+    marked = {}
+    for line in pathlib.Path(rapid.__file__).read_text().splitlines():
+        if line.strip().startswith("config.") and "ConfigDict" not in line:
+            key, _, rest = line.strip().removeprefix("config.").partition(" = ")
+            marked[key] = "# new" in rest
+    old = {*RAPID_YAML, *ALSO_IN_USE}
+    assert marked == {key: key not in old for key in known_keys()}
+
+
+@pytest.mark.parametrize(
+    ("module", "changes"),
+    [
+        (full, {"data.batch_size": 512, "optim.lr": 0.3, "optim.epochs": 800}),
+        (
+            default,
+            {
+                "data.batch_size": 256,
+                "model.proj_hidden_dim": 2048,
+                "model.proj_output_dim": 2048,
+                "loss.std_coeff": 1.0,
+                "loss.cov_coeff": 80.0,
+                "optim.lr": 0.3,
+                "optim.epochs": 300,
+                "optim.warmup_epochs": 10.0,
+            },
+        ),
+    ],
+)
+def test_full_and_default_differ_from_rapid_in_the_named_keys_alone(module, changes):
+    base, flat = flatten(rapid.get_config()), flatten(module.get_config())
+    assert {key: value for key, value in flat.items() if value != base[key]} == changes
+
+
+def with_value(key, value):
+    """rapid with one value replaced, whatever its type."""
+    config = rapid.get_config()
+    group, name = key.split(".")
+    with config.unlocked(), config.ignore_type():
+        config[group][name] = value
+    return config
+
+
+BAD_VALUES = [
+    ("meta.seed", -1, "in [0, 2**32), got -1"),
+    ("meta.seed", 2**32, "in [0, 2**32)"),
+    ("meta.seed", 1.0, "must be of type int, got 1.0 (float)"),
+    ("meta.seed", True, "must be of type int, got True (bool)"),
+    ("meta.device", "tpuu", "one of auto, cpu, gpu"),
+    ("meta.device", "gpuu", "(did you mean gpu?)"),
+    ("meta.model_folder", None, "must be of type str, got None (NoneType)"),
+    ("data.dataset", "", "the name of a tfds dataset"),
+    ("data.batch_size", 1, "at least 2, got 1"),
+    ("data.batch_size", "512", "must be of type int, got '512' (str)"),
+    ("data.num_workers", 0, "at least 1"),
+    ("data.placement", "devise", "(did you mean device?)"),
+    ("data.num_val", 0, "at least 1"),
+    ("data.mean", (0.5, 0.5), "three numbers"),
+    ("data.mean", 0.5, "must be of type tuple"),
+    ("data.std", (0.2, 0.2, 0.0), "three numbers above 0"),
+    ("data.std", (0.2, 0.2, "x"), "must hold numbers"),
+    ("data.std", (0.2, 0.2, float("nan")), "must hold numbers"),
+    ("model.type", "resnet50", "(did you mean resnet?)"),
+    ("model.use_projector", 1, "must be of type bool, got 1 (int)"),
+    ("model.proj_hidden_dim", 0, "at least 1"),
+    ("model.proj_output_dim", 1, "at least 2"),
+    ("model.stage_sizes", (), "one positive whole number a stage"),
+    ("model.stage_sizes", (2, 0), "one positive whole number a stage"),
+    ("model.stage_sizes", (2.5,), "one positive whole number a stage"),
+    ("model.stage_sizes", "2222", "must be of type tuple"),
+    ("model.width", 0, "at least 1"),
+    ("model.stem_stride", 3, "1 or 2"),
+    ("model.stem_padding", 0, "1 or 2"),
+    ("model.stem_init", "whitenning", "(did you mean whitening?)"),
+    ("loss.type", "vicregg", "(did you mean vicreg?)"),
+    ("loss.sim_coeff", -0.1, "at least 0"),
+    ("loss.std_coeff", "25", "must be of type float"),
+    ("loss.cov_coeff", float("inf"), "a finite number"),
+    ("optim.name", "larz", "(did you mean lars?)"),
+    ("optim.epochs", 0, "at least 1"),
+    ("optim.epochs", -5, "at least 1, got -5"),
+    ("optim.epochs", 2.5, "must be of type int"),
+    ("optim.lr", 0.0, "above 0"),
+    ("optim.lr", -0.3, "above 0, got -0.3"),
+    ("optim.lr", float("nan"), "a finite number, got nan"),
+    ("optim.weight_decay", -1e-4, "at least 0"),
+    ("optim.momentum", 1.0, "in [0, 1)"),
+    ("optim.warmup_epochs", -1.0, "at least 0"),
+    ("optim.warmup_start_lr", -1.0, "at least 0"),
+    ("optim.min_lr", -1.0, "at least 0"),
+    ("optim.probe_lr", 0.0, "above 0"),
+    ("training.dtype", "bfloat", "(did you mean bfloat16?)"),
+    ("training.dtype", "float16", "one of bfloat16, float32"),
+    ("training.scan_steps", -1, "at least 0"),
+    ("training.early_stop_epochs", -1, "at least 0"),
+    ("logging.log_every", 0, "at least 1"),
+    ("logging.save_every", 0, "at least 1"),
+    ("logging.tqdm_silent", "yes", "must be of type bool"),
+]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"), BAD_VALUES, ids=[f"{k}={v!r}" for k, v, _ in BAD_VALUES]
+)
+def test_a_bad_value_is_one_line_that_names_the_key_and_the_rule(key, value, reason):
+    with pytest.raises(ConfigError) as error:
+        validate(with_value(key, value))
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.startswith(f"config.{key} must ")
+    assert reason in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optim.lr", 1),  # a whole number where a float is meant
+        ("optim.warmup_epochs", 50.0),  # as long as the training
+        ("optim.warmup_epochs", 0.0),
+        ("meta.seed", 2**32 - 1),
+        ("model.stage_sizes", [1, 1]),
+        ("data.batch_size", 2),
+        ("optim.momentum", 0.0),
+    ],
+)
+def test_values_at_the_edge_are_legal(key, value):
+    validate(with_value(key, value))
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"optim.warmup_epochs": 51.0}, ["optim.warmup_epochs (51.0)", "optim.epochs (50)"]),
+        ({"model.stem_init": "whitening", "model.width": 31}, ["model.stem_init", "model.width"]),
+        ({"model.stem_init": "whitening", "model.width": 56}, ["54 filters", "model.width is 56"]),
+    ],
+)
+def test_combinations_that_cannot_be_are_one_line_naming_both_keys(changes, names):
+    config = rapid.get_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ConfigError) as error:
+        validate(config)
+    assert "\n" not in str(error.value)
+    assert all(name in str(error.value) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "nearest"),
+    [
+        ("optim.lrr", "optim.lr"),
+        ("loss.std_coef", "loss.std_coeff"),
+        ("data.batchsize", "batch_size"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(misspelt, nearest):
+    with pytest.raises(ConfigError) as error:
+        validate(with_value(misspelt, 1.0))
+    assert str(error.value).startswith(f"config.{misspelt} is not a known key (did you mean ")
+    assert nearest in str(error.value)
+
+
+def test_an_unknown_key_like_no_other_is_refused_without_a_guess():
+    with pytest.raises(ConfigError, match=r"^config\.meta\.zzz is not a known key$"):
+        validate(with_value("meta.zzz", 1))
+
+
+def test_a_missing_key_is_named():
+    config = rapid.get_config()
+    with config.unlocked():
+        del config.optim.lr
+    with pytest.raises(ConfigError, match=r"lacks config\.optim\.lr"):
+        validate(config)
+
+
+def test_amp_off_computes_in_float32_whatever_the_dtype():
+    found = {
+        (amp, dtype): compute_dtype(with_amp(amp, dtype))
+        for amp in (True, False)
+        for dtype in ("bfloat16", "float32")
+    }
+    assert found.pop((True, "bfloat16")) is jnp.bfloat16
+    assert set(found.values()) == {jnp.float32}
+
+
+def with_amp(amp, dtype):
+    config = rapid.get_config()
+    config.training.use_amp, config.training.dtype = amp, dtype
+    return config
+
+
+def sizes(encoder, side=32):
+    """Number of parameters, and shapes and dtypes of h and z, without computing any."""
+    images = jnp.zeros((2, side, side, 3))
+    # Flax's BatchNorm itself mixes bfloat16 and float32.
+    with jax.numpy_dtype_promotion("standard"):
+        variables = jax.eval_shape(encoder.model.init, jax.random.key(0), images)
+        outputs, _ = jax.eval_shape(lambda v: encoder.model.apply(v, images, False), variables)
+    leaves = jax.tree.leaves(variables["params"])
+    assert {leaf.dtype for leaf in [*leaves, *outputs]} == {jnp.dtype(jnp.float32)}
+    return sum(math.prod(leaf.shape) for leaf in leaves), *(output.shape for output in outputs)
+
+
+def projector_size(inputs, hidden, outputs):
+    """Three linear layers with biases, two BatchNorms with scale and bias."""
+    linear = inputs * hidden + hidden + hidden * hidden + hidden + hidden * outputs + outputs
+    return linear + 2 * 2 * hidden
+
+
+def test_rapids_model_is_the_references_resnet_with_its_projector():
+    encoder = create_encoder(rapid.get_config())
+    size = 11_168_832 + projector_size(512, 4096, 4096)
+    assert sizes(encoder) == (size, (2, 512), (2, 4096))
+    assert (encoder.mean, encoder.std) == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+
+
+def test_every_model_key_reaches_the_model():
+    config = cpu.get_config()
+    config.model.update(stage_sizes=(1, 1), width=8, proj_hidden_dim=7, proj_output_dim=5)
+    stem = 27 * 8 + 16
+    first = 2 * (9 * 8 * 8 + 16)
+    second = 9 * 8 * 16 + 9 * 16 * 16 + 8 * 16 + 3 * 32
+    size = stem + first + second
+    assert sizes(create_encoder(config)) == (size + projector_size(16, 7, 5), (2, 16), (2, 5))
+    config.model.use_projector = False
+    assert sizes(create_encoder(config)) == (size, (2, 16), (2, 16))
+
+
+@pytest.mark.parametrize(("stride", "padding", "side"), [(1, 1, 8), (1, 2, 10), (2, 1, 4)])
+def test_stem_and_dtype_keys_reach_the_convolution(stride, padding, side):
+    config = rapid.get_config()
+    config.model.update(stem_stride=stride, stem_padding=padding, stage_sizes=(1,), width=4)
+    model = create_encoder(config).model
+    images = jnp.zeros((2, 8, 8, 3))
+    with jax.numpy_dtype_promotion("standard"):
+        variables = jax.eval_shape(model.init, jax.random.key(0), images)
+        traced = jax.make_jaxpr(lambda v: model.apply(v, images, False))(variables)
+    stem = next(e for e in traced.eqns if e.primitive.name == "conv_general_dilated").outvars[0]
+    assert (stem.aval.shape, stem.aval.dtype) == ((2, side, side, 4), jnp.bfloat16)
+
+
+class Colours(nn.Module):
+    """An encoder of one's own: the mean colour."""
+
+    @nn.compact
+    def __call__(self, images, train):
+        return nn.Dense(6)(jnp.mean(images, axis=(1, 2)))
+
+
+def test_an_encoder_of_ones_own_gets_the_configs_projector_and_a_whole_model_nothing():
+    config = cpu.get_config()
+    config.model.update(proj_hidden_dim=7, proj_output_dim=5)
+    config.data.mean = (0.1, 0.2, 0.3)
+    encoder = create_encoder(config, Colours())
+    assert sizes(encoder) == (3 * 6 + 6 + projector_size(6, 7, 5), (2, 6), (2, 5))
+    assert encoder.mean == (0.1, 0.2, 0.3)
+    model = ModelFns(lambda key, x: {}, lambda v, x, train: ((x, x), {}))
+    assert create_encoder(config, model) == Encoder(model, (0.1, 0.2, 0.3), config.data.std)
+
+
+def test_hparams_are_the_configs_numbers_in_steps():
+    config = default.get_config()
+    config.optim.warmup_epochs = 0.2
+    hparams = hparams_from(config, 195)
+    expected = {
+        "lr": 0.3,
+        "weight_decay": 1e-4,
+        "momentum": 0.9,
+        "warmup_start_lr": 3e-5,
+        "min_lr": 0.0,
+        "warmup_steps": 39,
+        "num_steps": 300 * 195,
+        "sim_coeff": 1.0,
+        "std_coeff": 1.0,
+        "cov_coeff": 80.0,
+        "probe_lr": 1e-3,
+    }
+    found = vars(hparams).copy()
+    seed = found.pop("seed")
+    assert (seed, seed.dtype) == (42, np.uint32)
+    assert {value.dtype for value in found.values()} == {np.dtype(np.float32)}
+    assert found == {name: np.float32(value) for name, value in expected.items()}
+
+
+def test_changed_keys_lists_what_decides_the_result_and_ignores_the_rest():
+    stored = json.loads(rapid.get_config().to_json())
+    config = copy.deepcopy(rapid.get_config())
+    assert changed_keys(stored, config) == []
+    config.logging.log_every = 1
+    config.logging.log_wandb = True
+    config.meta.device = "cpu"
+    config.meta.model_folder = "elsewhere"
+    config.data.data_dir = "elsewhere"
+    config.data.num_workers = 3
+    assert changed_keys(stored, config) == []
+    config.optim.lr = 0.3
+    config.model.stage_sizes = (1, 1)
+    config.meta.seed = 1
+    assert changed_keys(stored, config) == [
+        "meta.seed: 42 -> 1",
+        "model.stage_sizes: (2, 2, 2, 2) -> (1, 1)",
+        "optim.lr: 0.707 -> 0.3",
+    ]
+    del stored["loss"]["sim_coeff"]
+    assert "loss.sim_coeff: None -> 1.0" in changed_keys(stored, config)
+
+
+def test_cpu_is_the_full_method_at_another_size():
+    """What the default run leaves out would not be tried by anyone without a GPU."""
+    flat = flatten(cpu.get_config())
+    assert flat["loss.type"] == "vicreg"
+    assert flat["model.use_projector"]
+    assert flat["data.dataset"] == "cifar10"
