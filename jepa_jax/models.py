@@ -210,6 +210,7 @@ class Encoder(NamedTuple):
         return h
 
 
+@functools.partial(jax.jit, static_argnames=("num_filters", "patch_size"))
 def patch_whitening_kernel(
     images: jax.Array, num_filters: int, *, patch_size: int = 3, eps: float = 1e-2
 ) -> jax.Array:

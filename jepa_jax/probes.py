@@ -1,6 +1,8 @@
 """Closed-form evaluation of frozen features: arrays in, numbers out."""
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,21 +20,43 @@ def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.sum(hits) / jnp.maximum(jnp.sum((labels >= 0).astype(jnp.float32)), 1.0)
 
 
-@jax.jit
-def _ridge_fit(features, targets):
-    """Eigenvalues [F], eigenvectors [F, F] and rotated X^T Y / N [F, K]."""
+class _RidgeFit(NamedTuple):
+    """Standardisation [1, F], bias [1, K], and the eigenbasis in which every lambda is cheap."""
+
+    mean: jax.Array
+    scale: jax.Array
+    bias: jax.Array
+    eigenvalues: jax.Array
+    eigenvectors: jax.Array
+    rotated: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames="num_classes")
+def _ridge_fit(features, labels, num_classes: int) -> _RidgeFit:
+    weight = (labels >= 0).astype(jnp.float32)[:, None]
+    count = jnp.sum(weight)
+    features = features.astype(jnp.float32)
+    mean = jnp.sum(weight * features, axis=0, keepdims=True) / count
+    centred = weight * (features - mean)
+    std = jnp.sqrt(jnp.sum(jnp.square(centred), axis=0, keepdims=True) / count)
+    # A feature that never varies has no say; dividing by its rounding error would give it one.
+    scale = jnp.where(std > 1e-6 * jnp.max(std), 1.0 / jnp.maximum(std, 1e-30), 0.0)
+    targets = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
+    bias = jnp.sum(targets, axis=0, keepdims=True) / count
     with jax.default_matmul_precision("highest"):
-        covariance = features.T @ features / features.shape[0]
+        standardised = centred * scale
+        covariance = standardised.T @ standardised / count
         eigenvalues, eigenvectors = jnp.linalg.eigh(covariance)
-        return eigenvalues, eigenvectors, eigenvectors.T @ (features.T @ targets) / len(features)
+        rotated = eigenvectors.T @ (standardised.T @ (weight * (targets - bias))) / count
+    return _RidgeFit(mean, scale, bias, eigenvalues, eigenvectors, rotated)
 
 
 @jax.jit
-def _ridge_logits(features, fit, ridge_lambda, bias):
-    eigenvalues, eigenvectors, rotated = fit
+def _ridge_accuracy(fit: _RidgeFit, features, labels, ridge_lambda) -> jax.Array:
     with jax.default_matmul_precision("highest"):
-        scaled = rotated / (jnp.maximum(eigenvalues, 0.0) + ridge_lambda)[:, None]
-        return features @ (eigenvectors @ scaled) + bias
+        shrunk = fit.rotated / (jnp.maximum(fit.eigenvalues, 0.0) + ridge_lambda)[:, None]
+        standardised = (features.astype(jnp.float32) - fit.mean) * fit.scale
+        return accuracy(standardised @ (fit.eigenvectors @ shrunk) + fit.bias, labels)
 
 
 def ridge_probe(
@@ -58,23 +82,10 @@ def ridge_probe(
     Returns:
       {'lambda', 'val_acc', 'test_acc'}, accuracies in [0, 1]; no 'test_acc' without `test`.
     """
-    is_labelled = train[1] >= 0
-    features, labels = train[0][is_labelled].astype(jnp.float32), train[1][is_labelled]
-    mean = jnp.mean(features, axis=0, keepdims=True)
-    std = jnp.std(features, axis=0, keepdims=True)
-    # A feature that never varies has no say; dividing by its rounding error would give it one.
-    scale = jnp.where(std > 1e-6 * jnp.max(std), 1.0 / jnp.maximum(std, 1e-30), 0.0)
-
-    def standardise(x):
-        return (x.astype(jnp.float32) - mean) * scale
-
-    targets = jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)
-    bias = jnp.mean(targets, axis=0, keepdims=True)
-    fit = _ridge_fit(standardise(features), targets - bias)
+    fit = _ridge_fit(*train, num_classes)
 
     def score(split, ridge_lambda):
-        logits = _ridge_logits(standardise(split[0]), fit, jnp.float32(ridge_lambda), bias)
-        return float(accuracy(logits, split[1]))
+        return float(_ridge_accuracy(fit, *split, jnp.float32(ridge_lambda)))
 
     val_acc, best = max((score(val, candidate), candidate) for candidate in lambdas)
     result = {"lambda": float(best), "val_acc": val_acc}

@@ -232,15 +232,15 @@ FAULTS = [
     Fault(
         "the covariance not divided by N, the targets' product is",
         "probes.py",
-        "covariance = features.T @ features / features.shape[0]",
-        "covariance = features.T @ features",
+        "covariance = standardised.T @ standardised / count",
+        "covariance = standardised.T @ standardised",
         "test_probes.py",
     ),
     Fault(
         "images without a label count as wrong",
         "probes.py",
-        "jnp.sum((labels >= 0)",
-        "jnp.sum((labels >= -1)",
+        "hits) / jnp.maximum(jnp.sum((labels >= 0)",
+        "hits) / jnp.maximum(jnp.sum((labels >= -1)",
         "test_probes.py",
     ),
     Fault(

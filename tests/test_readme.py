@@ -28,8 +28,7 @@ def test_every_snippet_runs(snippet, workdir, cifar_arrays, tiny_config, monkeyp
     assert len([line for line in snippet.splitlines() if line.strip()]) <= 10
     monkeypatch.chdir(workdir.parent.parent)
     names = {
-        "images": cifar_arrays["train_images"][:64],
-        "labels": cifar_arrays["train_labels"][:64],
+        "images": cifar_arrays["train_images"][:128],
         "config": tiny_config,
         "apply": lambda params, x: jnp.mean(x, axis=(1, 2)) @ params,
     }
@@ -43,7 +42,7 @@ def test_every_snippet_runs(snippet, workdir, cifar_arrays, tiny_config, monkeyp
             assert float(loss) > 0 and set(terms) == {"invariance_loss", "var_loss", "cov_loss"}
             assert not jnp.array_equal(new, params)
     if "h" in names:
-        assert names["h"].shape == (64, 8)
+        assert names["h"].shape == (128, 8)
 
 
 def test_there_are_snippets_for_the_encoder_and_for_a_hand_written_step():
