@@ -8,8 +8,10 @@ import os
 import pathlib
 import tempfile
 
+# The processes of pytest-xdist inherit the folder of the first.
 _CACHE = tempfile.TemporaryDirectory(prefix="jepa_jax_tests_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ.setdefault("JEPA_JAX_TEST_CACHE", _CACHE.name)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["JEPA_JAX_TEST_CACHE"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 

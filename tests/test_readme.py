@@ -38,7 +38,9 @@ def test_every_snippet_runs(snippet, workdir, cifar_arrays, tiny_config, monkeyp
         if "train_step" in names:
             params, key = jnp.eye(3), jax.random.key(0)
             opt_state = names["optimizer"].init(params)
-            new, _, loss, terms = names["train_step"](params, opt_state, key, names["images"])
+            new, _, loss, terms = jax.jit(names["train_step"])(
+                params, opt_state, key, names["images"]
+            )
             assert float(loss) > 0 and set(terms) == {"invariance_loss", "var_loss", "cov_loss"}
             assert not jnp.array_equal(new, params)
     if "h" in names:
