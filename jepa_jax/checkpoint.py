@@ -79,29 +79,29 @@ class Checkpoints:
             metrics={_SELECTED_BY: metrics.get(_SELECTED_BY, _UNMEASURED)},
         )
 
-    def restore(self, step: int, template: Any = None) -> tuple[Any, dict[str, Any]]:
+    def restore(self, step: int, template: Any) -> tuple[Any, dict[str, Any]]:
         """(state, progress) of a step.
 
         Args:
           step: one that exists.
-          template: a pytree of arrays or jax.ShapeDtypeStruct; without it nested dicts come back.
+          template: a pytree of arrays or jax.ShapeDtypeStruct.
 
         Raises:
           CheckpointError: if the checkpoint is damaged, or of another model than the template.
         """
-        state_args = ocp.args.StandardRestore(template) if template else ocp.args.StandardRestore()
         try:
-            if template:
-                args = ocp.args.Composite(shapes=ocp.args.JsonRestore())
-                _check_shapes(self._manager.restore(step, args=args).shapes, template)
+            args = ocp.args.Composite(shapes=ocp.args.JsonRestore())
+            _check_shapes(self._manager.restore(step, args=args).shapes, template)
             restored = self._manager.restore(
-                step, args=ocp.args.Composite(state=state_args, progress=ocp.args.JsonRestore())
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(template), progress=ocp.args.JsonRestore()
+                ),
             )
         except Exception as error:  # orbax, tensorstore and json each raise their own kinds
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
             raise CheckpointError(
                 f"checkpoint {self._folder / str(step)} cannot be restored: it is damaged or holds "
-                f"another model ({type(error).__name__}: {reason})"
+                f"another model ({_reason(error)})"
             ) from error
         return restored.state, restored.progress
 
@@ -112,6 +112,12 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for a save under way and ends orbax's threads."""
         self._manager.close()
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error that may have many."""
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {first[:200]}"
 
 
 def _shapes(tree: Any) -> dict[str, list[int]]:
@@ -133,6 +139,23 @@ def _check_shapes(stored: Mapping[str, list[int]], template: Any) -> None:
         found, expected = stored.get(name, "absent"), wanted.get(name, "absent")
         if found != expected:
             raise ValueError(f"{name} is {found}, expected {expected}")
+
+
+def load_latest(workdir: pathlib.Path) -> Any:
+    """The newest state of another run, as nested dicts on this machine's device.
+
+    Raises:
+      CheckpointError: if there is none, or it is damaged.
+    """
+    if not (workdir / "checkpoints").is_dir():
+        raise CheckpointError(f"{workdir} holds no checkpoints")
+    checkpoints = Checkpoints(workdir, read_only=True)
+    step = checkpoints.latest_step()
+    checkpoints.close()
+    if step is None:
+        raise CheckpointError(f"{workdir} holds no checkpoints")
+    # With the saved devices a run of a GPU could not be read on a CPU.
+    return load_tree(workdir / "checkpoints" / str(step) / "state")
 
 
 def save_tree(folder: pathlib.Path, tree: Any) -> None:

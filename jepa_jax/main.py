@@ -63,22 +63,22 @@ def _parse(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(list(argv))
         _ = _CONFIG.value
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        _fail(_explain(error, argv))
-    except Exception as error:  # whatever a person's own config file raises
-        _fail(f"config file {path} cannot be run: {type(error).__name__}: {error}".splitlines()[0])
+    except Exception as error:  # absl's own, or whatever a person's config file raises
+        _fail(_explain(error, argv, path))
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}; overrides look like --config.optim.lr=0.3")
     return rest
 
 
-def _explain(error: Exception, argv: Sequence[str]) -> str:
-    text = " ".join(str(error).split())
+def _explain(error: Exception, argv: Sequence[str], path: pathlib.Path) -> str:
     overrides = [re.match(r"--?config\.([\w.]+)", argument) for argument in argv]
     for match in filter(None, overrides):
         if match[1] not in known_keys():
             return f"config.{match[1]} is not a known key{nearest(match[1], known_keys())}"
-    return text
+    text = " ".join(str(error).split())
+    if isinstance(error, flags.Error):
+        return text
+    return f"config file {path} cannot be run: {type(error).__name__}: {text}"
 
 
 def _default_workdir(config: ConfigDict, argv: Sequence[str]) -> pathlib.Path:
@@ -95,7 +95,7 @@ def _default_workdir(config: ConfigDict, argv: Sequence[str]) -> pathlib.Path:
 
 def _main(argv: Sequence[str]) -> None:
     del argv
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.ERROR)
     config = _CONFIG.value
     try:
         from jepa_jax import device
@@ -109,7 +109,10 @@ def _main(argv: Sequence[str]) -> None:
     except JepaError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from the last checkpoint", 128 + signal.SIGINT)
+        _fail(
+            "interrupted; the same command goes on from the last checkpoint",
+            128 + signal.SIGINT,
+        )
 
 
 if __name__ == "__main__":

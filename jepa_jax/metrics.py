@@ -53,6 +53,7 @@ class MetricsWriter:
 
     Args:
       workdir: an existing folder.
+      run_id: names the run to Weights & Biases; a resumed run gives the same one.
       step: rows of later steps are dropped: a run that resumes there will write them again.
       config: stored with the trackers.
       wandb: whether to log to Weights & Biases (WANDB_MODE=offline works).
@@ -67,11 +68,12 @@ class MetricsWriter:
         workdir: pathlib.Path,
         *,
         step: int,
+        run_id: str,
         config: Mapping[str, Any],
         wandb: bool = False,
         tensorboard: bool = False,
     ):
-        self._wandb = _start_wandb(workdir, config) if wandb else None
+        self._wandb = _start_wandb(workdir, run_id, config) if wandb else None
         self._tensorboard = _start_tensorboard(workdir) if tensorboard else None
         path = workdir / "metrics.jsonl"
         kept = [row for row in read_metrics(path) if row["step"] <= step]
@@ -104,17 +106,27 @@ class MetricsWriter:
             self._tensorboard.close()
 
 
-def _start_wandb(workdir: pathlib.Path, config: Mapping[str, Any]) -> Any:
+def _start_wandb(workdir: pathlib.Path, run_id: str, config: Mapping[str, Any]) -> Any:
     try:
         import wandb
     except ImportError as error:
         raise ConfigError(
             "config.logging.log_wandb=True needs the package wandb: pip install -e '.[wandb]'"
         ) from error
-    # The folder's name as the id: a resumed run goes on in the same curve.
-    return wandb.init(
-        project="jepa_jax", dir=workdir, id=workdir.name, resume="allow", config=dict(config)
-    )
+    try:
+        return wandb.init(
+            project="jepa_jax",
+            dir=workdir,
+            id=run_id,
+            name=workdir.name,
+            resume="allow",
+            config=dict(config),
+        )
+    except Exception as error:  # no account, no network, no terminal to ask on: kinds of its own
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"wandb cannot start ({reason}): WANDB_MODE=offline works without an account"
+        ) from error
 
 
 def _start_tensorboard(workdir: pathlib.Path) -> Any:

@@ -207,7 +207,7 @@ class Encoder(NamedTuple):
     def apply(self, variables: dict[str, Any], images: jax.Array) -> jax.Array:
         """uint8 or [0, 1] images [B, H, W, 3] to h [B, F], by the running statistics."""
         (h, _), _ = self.model.apply(variables, self.normalize(images), False)
-        return h
+        return h.astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames=("num_filters", "patch_size"))

@@ -1,8 +1,10 @@
 """What a person sees of a run: a bar on a terminal, plain lines elsewhere."""
 
+import pathlib
 import sys
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import tqdm
 
@@ -65,9 +67,8 @@ class Progress:
 
     def epoch(self, row: Mapping[str, float], num_epochs: int, *, as_line: bool) -> None:
         """Shows an epoch's row on the bar and, where asked, as a line."""
-        test = row.get("test/online_probe_acc")
-        if test is not None:
-            self._show(acc=f"{test:.1%}")
+        if "val/online_probe_acc" in row:
+            self._show(val_acc=f"{row['val/online_probe_acc']:.1%}")
         if as_line:
             parts = [f"epoch {row['epoch']}/{num_epochs}", f"loss {row['train/loss']:.4f}"]
             for name in ("invariance_loss", "var_loss", "cov_loss"):
@@ -86,6 +87,31 @@ class Progress:
     def _show(self, **values: str) -> None:
         self._shown.update(values)
         self._bar.set_postfix(self._shown, refresh=False)
+
+
+def print_summary(summary: Mapping[str, Any], workdir: pathlib.Path) -> None:
+    """Prints the final figures of a run; the probes only where there were labels."""
+
+    def percent(value):
+        return "-" if value is None else f"{100 * value:.2f} %"
+
+    say("")
+    if "ridge_probe_acc" in summary:
+        say(f"{'probe':<26}{'test':>10}{'val':>10}")
+        for label, name in (
+            ("ridge, trained", "ridge_probe_acc"),
+            ("ridge, untrained", "untrained_ridge_probe_acc"),
+            ("online linear, trained", "online_probe_acc"),
+        ):
+            say(f"{label:<26}{percent(summary[name]):>10}{percent(summary['val_' + name]):>10}")
+        dims = summary["feature_dim"]
+        say(f"on {dims} features of the last step; the test set is shown, never chosen on")
+    say(
+        f"{summary['steps']} steps, {summary['images_per_second']:.0f} images/s, "
+        f"{duration(summary['train_seconds'])} of training, "
+        f"{duration(summary['total_seconds'])} in all"
+    )
+    say(f"written   {workdir}: summary.json, metrics.jsonl, encoder/, checkpoints/")
 
 
 class Stopwatch:

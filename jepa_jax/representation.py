@@ -82,10 +82,13 @@ def _full_chunks(count: int) -> list[tuple[int, int]]:
     return [(start, start + size) for start in range(0, count - size + 1, size)]
 
 
-def split_validation(dataset: Dataset, num_val: int) -> tuple[slice, slice]:
-    """(train, val): the last `num_val` training images are held out from every probe."""
-    boundary = len(dataset.train_images) - num_val
-    return slice(0, boundary), slice(boundary, boundary + num_val)
+def split_validation(dataset: Dataset, num_val: int) -> tuple[np.ndarray, np.ndarray]:
+    """(train, val): sorted indices; `num_val` training images are held out from every probe.
+
+    Drawn at random, because a dataset may be sorted by class, and the same ones in every run.
+    """
+    order = np.random.default_rng(0).permutation(len(dataset.train_images))
+    return np.sort(order[num_val:]), np.sort(order[:num_val])
 
 
 def evaluate_ridge(

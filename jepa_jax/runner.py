@@ -14,8 +14,13 @@ from jepa_jax.errors import ConfigError
 from jepa_jax.train_step import HParams, Metrics, TrainState, make_train_epoch
 
 
-def check_memory(compiled: jax.stages.Compiled, batch_size: int) -> None:
+def check_memory(compiled: jax.stages.Compiled, batch_size: int, beside: int) -> None:
     """Refuses, before its first call, a program that needs more memory than the device has.
+
+    Args:
+      compiled: the program.
+      batch_size: that it was compiled for.
+      beside: bytes that lie on the device and are not the program's arguments.
 
     Raises:
       ConfigError: with what it needs, what there is, and a batch size that fits.
@@ -23,7 +28,12 @@ def check_memory(compiled: jax.stages.Compiled, batch_size: int) -> None:
     stats = compiled.memory_analysis()
     if stats is None:
         return
-    held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    held = (
+        beside
+        + stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+    )
     needed, limit = held + stats.temp_size_in_bytes, device.memory_limit()
     if needed > limit:
         fitting = int(0.9 * (limit - held) / (stats.temp_size_in_bytes / batch_size))
@@ -67,6 +77,11 @@ class Runner:
         self._hparams, self._labels = hparams, labels
         self._streamed = images if placement == "stream" else None
         if placement == "device":
+            if images.nbytes > device.memory_limit():
+                raise ConfigError(
+                    f"the training images take {images.nbytes / 2**30:.1f} GiB and the device has "
+                    f"{device.memory_limit() / 2**30:.1f} GiB: use config.data.placement=stream"
+                )
             self._resident = jax.device_put((np.asarray(images[:]), labels))
         num_pieces = math.ceil(steps_per_epoch / scan_steps)
         self._piece = math.ceil(steps_per_epoch / num_pieces)
@@ -79,7 +94,9 @@ class Runner:
             inputs = (batch, jax.ShapeDtypeStruct((batch_size,), jnp.int32))
         jitted = jax.jit(function, donate_argnums=0)
         self._program = jitted.lower(state, *inputs, hparams).compile()
-        check_memory(self._program, batch_size)
+        # The loop's program sees a batch, not the images that lie beside it.
+        beside = images.nbytes if placement == "device" and self._piece == 1 else 0
+        check_memory(self._program, batch_size, beside)
 
     def run(self, state: TrainState, order: np.ndarray) -> Iterator[tuple[TrainState, Any, int]]:
         """Runs the steps of `order [S, B]`, dataset indices.

@@ -13,10 +13,9 @@ import importlib.metadata
 import json
 import pathlib
 import platform
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -39,7 +38,7 @@ from jepa_jax.errors import CheckpointError, ConfigError, Interrupted, TrainingE
 from jepa_jax.metrics import MetricsWriter, read_json, write_json
 from jepa_jax.models import Encoder, ModelFns, patch_whitening_kernel
 from jepa_jax.probes import accuracy
-from jepa_jax.progress import Progress, Stopwatch, duration, say
+from jepa_jax.progress import Progress, Stopwatch, print_summary, say
 from jepa_jax.representation import (
     evaluate_ridge,
     extract_features,
@@ -47,7 +46,9 @@ from jepa_jax.representation import (
     split_validation,
 )
 from jepa_jax.runner import Runner
+from jepa_jax.signals import stop_on_signals
 from jepa_jax.train_step import (
+    RESERVED_METRICS,
     AugmentFn,
     HParams,
     LossFn,
@@ -62,8 +63,9 @@ from jepa_jax.train_step import (
 SCHEMA_VERSION = 1
 # Enough clean images for BatchNorm's moments and a stem's eigenvectors, cheap on any machine.
 _NUM_CLEAN_IMAGES = 2000
-# Steps of one scanned program: long enough to hide the dispatch, short enough for a live bar.
-_SCAN_STEPS = 32
+# Steps of one scanned program, and images in it: long enough to hide the dispatch, short enough
+# for a live bar and a prompt Ctrl-C.
+_SCAN_STEPS, _SCAN_IMAGES = 32, 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +147,9 @@ def _make_plan(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from
         scan_steps = 1
     elif not scan_steps:
         # On the CPU a convolution inside a scan takes a path some 60 times slower.
-        scan_steps = 1 if jax.default_backend() == "cpu" else _SCAN_STEPS
+        scan_steps = 1
+        if jax.default_backend() != "cpu":
+            scan_steps = max(1, min(_SCAN_STEPS, _SCAN_IMAGES // config.data.batch_size))
     steps_per_epoch = len(dataset.train_images) // config.data.batch_size
     given = {"loss_fn": loss_fn, "encoder": encoder, "augment_fn": augment_fn}
     return _Plan(
@@ -184,7 +188,10 @@ def _initial_state(plan: _Plan) -> TrainState:
 
 
 def _clean_images(plan: _Plan) -> np.ndarray:
-    return np.asarray(plan.dataset.train_images[:_NUM_CLEAN_IMAGES])
+    """Training images at even distances: a dataset may be sorted by class."""
+    images = plan.dataset.train_images
+    stride = max(1, len(images) // _NUM_CLEAN_IMAGES)
+    return np.asarray(images[::stride][:_NUM_CLEAN_IMAGES])
 
 
 # --- resume -----------------------------------------------------------------------------------
@@ -197,8 +204,10 @@ def _new_progress() -> dict[str, Any]:
         "count": 0,
         "best_val_acc": -1.0,
         "best_epoch": 0,
+        "epoch_began": 0.0,
         "train_seconds": 0.0,
         "total_seconds": 0.0,
+        "run_id": uuid.uuid4().hex[:12],
     }
 
 
@@ -227,6 +236,8 @@ def _claim_workdir(plan: _Plan, has_checkpoint: bool) -> None:
                 f"another --workdir, and --init_from={plan.workdir} to start from its parameters"
             )
         return
+    # Of an earlier run, whose checkpoints somebody deleted.
+    (plan.workdir / "summary.json").unlink(missing_ok=True)
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages}
     environment = {
@@ -248,13 +259,7 @@ def _resume(plan: _Plan, checkpoints: checkpoint.Checkpoints, state: TrainState)
 
 
 def _with_parameters_of(workdir: pathlib.Path, state: TrainState) -> TrainState:
-    if not (workdir / "checkpoints").is_dir():
-        raise CheckpointError(f"--init_from={workdir} holds no checkpoints")
-    with contextlib.closing(checkpoint.Checkpoints(workdir, read_only=True)) as source:
-        step = source.latest_step()
-        if step is None:
-            raise CheckpointError(f"--init_from={workdir} holds no checkpoint")
-        stored, _ = source.restore(step)
+    stored = checkpoint.load_latest(workdir.expanduser())
     given = {"params": stored["params"], "batch_stats": stored["batch_stats"] or {}}
     wanted = {"params": state.params, "batch_stats": state.batch_stats}
 
@@ -310,8 +315,8 @@ def _training_labels(plan: _Plan) -> np.ndarray:
 
 def _check_finite(metrics: dict[str, np.ndarray], last_step: int, count: int) -> None:
     """Raises TrainingError that names the first step and term that is NaN or infinite."""
-    watched = [name for name in metrics if name.endswith("_loss") and name != "probe_loss"]
-    watched += ["loss", "grad_norm"]
+    terms = [name for name in metrics if name not in RESERVED_METRICS]
+    watched = [*terms, "loss", "grad_norm"]
     is_bad = np.stack([~np.isfinite(metrics[name]) for name in watched])
     if is_bad.any():
         first = int(np.argmax(is_bad.any(axis=0)))
@@ -320,36 +325,6 @@ def _check_finite(metrics: dict[str, np.ndarray], last_step: int, count: int) ->
             f"{name} became {metrics[name][first]} at step {last_step - count + first}: try a "
             "lower config.optim.lr; the last good checkpoint is untouched"
         )
-
-
-class _StopRequest:
-    """Turns SIGINT and SIGTERM into a flag while `deferring`, else into Interrupted at once."""
-
-    def __init__(self):
-        self.signal_number = 0
-        self.deferring = False
-
-    def handle(self, signal_number: int, frame: Any) -> None:
-        del frame
-        if self.deferring and not self.signal_number:
-            self.signal_number = signal_number
-            return
-        raise Interrupted("interrupted; the same command goes on from here", signal_number)
-
-
-@contextlib.contextmanager
-def _stop_on_signals() -> Iterator[_StopRequest]:
-    request = _StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request  # Python allows handlers in the main thread alone
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    previous = [signal.signal(number, request.handle) for number in numbers]
-    try:
-        yield request
-    finally:
-        for number, handler in zip(numbers, previous, strict=True):
-            signal.signal(number, handler)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -430,8 +405,8 @@ def _finish_epoch(plan, state, progress, writer, bar, clock, session) -> dict[st
     means = {name: total / progress["count"] for name, total in progress["sums"].items()}
     means["lr"] = progress.pop("last_lr")
     images = progress["count"] * plan.config.data.batch_size
-    seconds = clock.seconds - progress["train_seconds"]
-    progress.update(epoch=progress["epoch"] + 1, sums={}, count=0, train_seconds=clock.seconds)
+    seconds = clock.seconds - progress["epoch_began"]
+    progress.update(epoch=progress["epoch"] + 1, sums={}, count=0, epoch_began=clock.seconds)
     row = {
         "step": progress["epoch"] * plan.steps_per_epoch,
         "epoch": progress["epoch"],
@@ -532,30 +507,6 @@ def _print_header(plan: _Plan, state: TrainState, progress: dict[str, Any]) -> N
         say(f"{'note':<10}bfloat16 is emulated here; config.training.use_amp=False may be faster")
 
 
-def _print_summary(plan: _Plan, summary: dict[str, Any]) -> None:
-    def percent(value):
-        return "-" if value is None else f"{100 * value:.2f} %"
-
-    say("")
-    if plan.has_labels:
-        say(f"{'probe':<26}{'test':>10}{'val':>10}")
-        for label, name in (
-            ("ridge, trained", "ridge_probe_acc"),
-            ("ridge, untrained", "untrained_ridge_probe_acc"),
-            ("online linear, trained", "online_probe_acc"),
-        ):
-            say(f"{label:<26}{percent(summary[name]):>10}{percent(summary['val_' + name]):>10}")
-        say(
-            f"on {summary['feature_dim']} features of the last step; test is shown, never chosen on"
-        )
-    say(
-        f"{summary['steps']} steps, {summary['images_per_second']:.0f} images/s, "
-        f"{duration(summary['train_seconds'])} of training, "
-        f"{duration(summary['total_seconds'])} in all"
-    )
-    say(f"written   {plan.workdir}: summary.json, metrics.jsonl, encoder/, checkpoints/")
-
-
 # --- the whole ---------------------------------------------------------------------------------
 
 
@@ -577,10 +528,11 @@ def _train(plan, state, progress, checkpoints, session) -> tuple[TrainState, dic
     config = plan.config
     clock = Stopwatch(progress["train_seconds"])
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(_stop_on_signals())
+        stop = stack.enter_context(stop_on_signals())
         writer = MetricsWriter(
             plan.workdir,
             step=int(state.step),
+            run_id=progress["run_id"],
             config=config.to_dict(),
             wandb=config.logging.log_wandb,
             tensorboard=config.logging.log_tensorboard,
@@ -623,9 +575,9 @@ def train_and_evaluate(
     """Pretrains, evaluates, and writes everything to `workdir`; resumes what it finds there.
 
     Args:
-      config: see `configs/`.
+      config: see `configs/`. `meta.device` is for the command: a caller has chosen already.
       workdir: the run's folder; created. The same call again goes on where the run stopped, and
-        ends, on the same machine, in the same bits as if it had never stopped.
+        ends, on the same CPU, in the same bits as if it had never stopped.
       dataset: in place of the config's, see `jepa_jax.data.from_arrays`.
       loss_fn: (key, z1 [B, D], z2 [B, D], hparams) -> (loss, terms), in place of the config's.
       encoder: a Linen module called as encoder(images, train) -> h [B, F], or a `ModelFns`.
@@ -647,9 +599,9 @@ def train_and_evaluate(
     plan = _make_plan(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from)
     with contextlib.closing(checkpoint.Checkpoints(workdir)) as checkpoints:
         _claim_workdir(plan, checkpoints.latest_step() is not None)
-        fresh = _initial_state(plan)
-        untrained = jax.device_get(_variables(fresh))
-        state, progress = _resume(plan, checkpoints, fresh)
+        state = _initial_state(plan)
+        untrained = jax.device_get(_variables(state))
+        state, progress = _resume(plan, checkpoints, state)
         session.add(progress["total_seconds"])
         _print_header(plan, state, progress)
         if not _is_over(plan, progress):
@@ -660,5 +612,5 @@ def train_and_evaluate(
         say("this run is finished; another --workdir starts a new one")
     else:
         summary = _evaluate_final(plan, state, untrained, progress, session)
-    _print_summary(plan, summary)
+    print_summary(summary, workdir)
     return state

@@ -18,6 +18,8 @@ from jepa_jax.models import ModelFns, normalize
 from jepa_jax.optim import create_optimizer, warmup_cosine
 
 Metrics = dict[str, jax.Array]
+# What a step reports beside the loss's own terms.
+RESERVED_METRICS = ("loss", "lr", "grad_norm", "probe_loss", "probe_acc")
 
 
 @flax.struct.dataclass
@@ -168,6 +170,15 @@ def _update_probe(probe: Probe | None, h, labels, hparams) -> tuple[Probe | None
     return Probe(params, opt_state), {"probe_loss": loss, "probe_acc": acc}
 
 
+def _check_scalars(loss: jax.Array, terms: Metrics) -> None:
+    for name, value in {"loss": loss, **terms}.items():
+        if jnp.shape(value):
+            raise ValueError(f"loss_fn must return scalars; {name} has shape {jnp.shape(value)}")
+    for name in terms:
+        if name in RESERVED_METRICS:
+            raise ValueError(f"loss_fn may not call a term {name!r}, a metric of the step itself")
+
+
 def make_train_step(
     model: ModelFns,
     *,
@@ -186,7 +197,7 @@ def make_train_step(
       model: see `ModelFns`.
       augment_fn: (key, images uint8 [B, H, W, C]) -> two views in [0, 1].
       mean, std: the normalisation of every view.
-      loss_fn: (key, z1, z2, hparams) -> (loss, terms).
+      loss_fn: (key, z1, z2, hparams) -> (loss, terms), scalars all.
       optimizer: a name of `optim.OPTIMIZERS`.
 
     Returns:
@@ -204,6 +215,7 @@ def make_train_step(
             )
         with jax.named_scope("loss"):
             loss, terms = loss_fn(loss_key, z1, z2, hparams)
+        _check_scalars(loss, terms)
         return loss, (terms, h1, batch_stats)
 
     def train_step(state, images, labels, hparams):

@@ -316,8 +316,8 @@ FAULTS = [
     Fault(
         "validation images that the probe was fitted on",
         "representation.py",
-        "slice(boundary, boundary + num_val)",
-        "slice(0, num_val)",
+        "np.sort(order[:num_val])",
+        "np.sort(order[num_val:])",
         "test_representation.py",
     ),
     Fault(

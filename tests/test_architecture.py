@@ -16,7 +16,7 @@ PACKAGE = pathlib.Path(jepa_jax.__file__).parent
 # A room imports only from lower floors, never sideways. `data` is one room.
 FLOORS = (
     {"errors"},
-    {"augment", "losses", "optim", "probes", "device", "progress"},
+    {"augment", "losses", "optim", "probes", "device", "progress", "signals"},
     {"checkpoint", "data", "metrics", "models"},
     {"representation", "train_step"},  # pure training and evaluation
     {"config", "runner"},

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jepa_jax.checkpoint import Checkpoints, load_tree, save_tree
+from jepa_jax.checkpoint import Checkpoints, load_latest, load_tree, save_tree
 from jepa_jax.errors import CheckpointError
 
 
@@ -84,10 +84,11 @@ def test_the_template_may_be_shapes(workdir):
     assert_same(state, some_state(3))
 
 
-def test_without_a_template_nested_dicts_come_back(workdir):
-    with opened(workdir, read_only=True) as checkpoints:
-        state, _ = checkpoints.restore(3)
-    assert_same(state["params"], some_state(3).params)
+def test_the_latest_state_of_another_run_comes_back_as_nested_dicts(workdir, tmp_path):
+    assert_same(load_latest(workdir)["params"], some_state(3).params)
+    for empty in (tmp_path / "absent", tmp_path):
+        with pytest.raises(CheckpointError, match="holds no checkpoints"):
+            load_latest(empty)
 
 
 def test_an_empty_folder_has_no_step(tmp_path):

@@ -17,7 +17,9 @@ def rows_of(*steps):
 
 
 def write(workdir, rows, *, step=0, **trackers):
-    with contextlib.closing(MetricsWriter(workdir, step=step, config={}, **trackers)) as writer:
+    with contextlib.closing(
+        MetricsWriter(workdir, step=step, run_id="id", config={}, **trackers)
+    ) as writer:
         for row in rows:
             writer.write(row)
 
@@ -28,7 +30,7 @@ def test_rows_come_back_in_order(tmp_path):
 
 
 def test_a_row_is_on_the_disk_before_the_writer_is_closed(tmp_path):
-    with contextlib.closing(MetricsWriter(tmp_path, step=0, config={})) as writer:
+    with contextlib.closing(MetricsWriter(tmp_path, step=0, run_id="id", config={})) as writer:
         writer.write({"step": 1, "train/loss": 2.5})
         assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 2.5}]
 
@@ -100,7 +102,7 @@ def test_a_missing_package_is_one_line_that_names_the_extra(
     write(tmp_path, rows_of(1, 2))
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=rf"log_{tracker}=True .*\.\[{extra}\]") as error:
-        MetricsWriter(tmp_path, step=0, config={}, **{tracker: True})
+        MetricsWriter(tmp_path, step=0, run_id="id", config={}, **{tracker: True})
     assert "\n" not in str(error.value)
     assert read_metrics(tmp_path / "metrics.jsonl") == rows_of(1, 2)
 
@@ -126,12 +128,14 @@ def test_trackers_get_the_finite_numbers_of_each_row(tmp_path, monkeypatch):
         sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=board.SummaryWriter)
     )
     with contextlib.closing(
-        MetricsWriter(tmp_path, step=0, config={"seed": 1}, wandb=True, tensorboard=True)
+        MetricsWriter(
+            tmp_path, step=0, run_id="id", config={"seed": 1}, wandb=True, tensorboard=True
+        )
     ) as writer:
         writer.write({"step": 5, "train/loss": 0.5, "val/acc": math.nan, "name": "x"})
     (_, _, started), *logged = wandb.calls
     assert started["config"] == {"seed": 1}
-    assert (started["id"], started["resume"]) == (tmp_path.name, "allow")
+    assert (started["id"], started["resume"]) == ("id", "allow")
     assert logged == [("log", ({"step": 5, "train/loss": 0.5},), {"step": 5}), ("finish", (), {})]
     assert board.calls == [
         ("SummaryWriter", (str(tmp_path / "tensorboard"),), {}),
@@ -139,3 +143,13 @@ def test_trackers_get_the_finite_numbers_of_each_row(tmp_path, monkeypatch):
         ("add_scalar", ("train/loss", 0.5, 5), {}),
         ("close", (), {}),
     ]
+
+
+def test_a_tracker_that_cannot_start_is_one_line(tmp_path, monkeypatch):
+    def init(**options):
+        raise RuntimeError("no API key\nconfigured")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    with pytest.raises(ConfigError, match="no API key configured.*WANDB_MODE=offline") as refused:
+        MetricsWriter(tmp_path, step=0, run_id="id", config={}, wandb=True)
+    assert "\n" not in str(refused.value)

@@ -15,6 +15,7 @@ from jepa_jax.data import from_arrays
 from jepa_jax.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from jepa_jax.metrics import read_metrics
 from jepa_jax.models import linen_model
+from jepa_jax.representation import split_validation
 
 STEPS_PER_EPOCH = 4
 
@@ -253,6 +254,47 @@ def test_divergence_leaves_the_last_good_checkpoint(run, monkeypatch, tmp_path):
     checkpoints.close()
 
 
+def test_the_path_of_accelerators_runs_in_bfloat16(run):
+    """rapid's own: scanned, in bfloat16; what is kept stays float32."""
+    overrides = {"training.scan_steps": 3, "training.use_amp": True}
+    # Flax's own BatchNorm mixes dtypes in bfloat16, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        state, workdir = run(overrides=overrides)
+    leaves = jax.tree.leaves((state.params, state.batch_stats, state.opt_state))
+    assert {leaf.dtype for leaf in leaves} <= {np.dtype("float32"), np.dtype("int32")}
+    assert np.isfinite(read_metrics(workdir / "metrics.jsonl")[-1]["train/loss"])
+
+
+def test_a_resumed_epoch_reports_its_true_speed(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        signal_after(patch, 7)
+        with pytest.raises(Interrupted):
+            run()
+    _, workdir = run()
+    first, second, third = read_metrics(workdir / "metrics.jsonl")
+    assert second["images_per_second"] == pytest.approx(
+        400 / (second["train_seconds"] - first["train_seconds"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ({"wide_loss": jnp.zeros(3)}, r"wide_loss has shape \(3,\)"),
+        ({"lr": jnp.zeros(())}, "may not call a term 'lr'"),
+    ],
+)
+def test_a_loss_that_returns_the_wrong_thing_is_told_so(run, terms, message):
+    with pytest.raises(ValueError, match=message):
+        run(loss_fn=lambda key, z1, z2, hparams: (jnp.mean(z1), terms))
+
+
+def test_data_larger_than_the_device_is_refused_before_it_is_sent(run, monkeypatch):
+    monkeypatch.setattr(device, "memory_limit", lambda: 2**20)
+    with pytest.raises(ConfigError, match="use config.data.placement=stream"):
+        run(overrides={"data.placement": "device"})
+
+
 def test_early_stopping_reads_validation_only(run, monkeypatch):
     val_accs = iter([0.5, 0.4, 0.3])
     monkeypatch.setattr(
@@ -343,8 +385,9 @@ def test_validation_labels_never_reach_training(run, monkeypatch, small_cifar):
 
     monkeypatch.setattr(runner.Runner, "__init__", spy)
     run()
-    assert (seen[0][-80:] == -1).all()
-    np.testing.assert_array_equal(seen[0][:-80], small_cifar.train_labels[:-80])
+    train_rows, val_rows = split_validation(small_cifar, 80)
+    assert (seen[0][val_rows] == -1).all()
+    np.testing.assert_array_equal(seen[0][train_rows], small_cifar.train_labels[train_rows])
 
 
 def test_the_loaded_encoder_gives_what_the_probe_saw(run, cifar_arrays, small_cifar, monkeypatch):

@@ -1,0 +1,42 @@
+"""SIGINT and SIGTERM as a request to stop at the next good moment."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from jepa_jax.errors import Interrupted
+
+
+class StopRequest:
+    """Turns SIGINT and SIGTERM into a flag while `deferring`, else into Interrupted at once."""
+
+    def __init__(self):
+        self.signal_number = 0
+        self.deferring = False
+
+    def handle(self, signal_number: int, frame: Any) -> None:
+        del frame
+        if self.deferring and not self.signal_number:
+            self.signal_number = signal_number
+            return
+        raise Interrupted(
+            "interrupted; the same command goes on from the last checkpoint", signal_number
+        )
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Handles SIGINT and SIGTERM inside the block; the previous handlers come back after it."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request  # Python allows handlers in the main thread alone
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, request.handle) for number in numbers]
+    try:
+        yield request
+    finally:
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)
