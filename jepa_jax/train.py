@@ -524,6 +524,7 @@ def _prepare_workdir(workdir: str | pathlib.Path) -> pathlib.Path:
 
 def _train(plan, state, progress, checkpoints, session) -> tuple[TrainState, dict[str, Any]]:
     """The epochs: steps, online evaluation, checkpoints, and a saved stop on a signal."""
+    say(f"{'compiling':<10}the training step")
     runner = _make_runner(plan, state)
     config = plan.config
     clock = Stopwatch(progress["train_seconds"])

@@ -393,6 +393,7 @@ def run_tests(test: str, fault: Fault | None) -> tuple[int, str]:
                     "pytest",
                     "-x",
                     "-q",
+                    "-n0",
                     "-p",
                     "no:cacheprovider",
                     f"tests/{test}",
@@ -426,7 +427,12 @@ def main(words: list[str]) -> None:
     runs = [(test, None) for test in dict.fromkeys(f.test for f in faults)]
     runs += [(fault.test, fault) for fault in faults]
     wrong = 0
-    with concurrent.futures.ThreadPoolExecutor(NUM_WORKERS) as pool:
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        concurrent.futures.ThreadPoolExecutor(NUM_WORKERS) as pool,
+    ):
+        # Programs that a fault leaves alone are compiled once.
+        os.environ["JEPA_JAX_TEST_CACHE"] = cache
         outcomes = pool.map(outcome, *zip(*runs, strict=True))
         for (test, fault), found in zip(runs, outcomes, strict=True):
             file, what = (fault.file, fault.what) if fault else (test, "no fault")

