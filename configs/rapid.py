@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
 
     config.meta = ConfigDict()
-    config.meta.seed = 42
+    config.meta.seed = 42  # of everything random: parameters, order, views
     config.meta.device = "auto"  # auto, cpu or gpu
     config.meta.model_folder = ""  # the run's folder; empty: $EBJEPA_CKPTS or runs/, see README
 
@@ -34,9 +34,9 @@ def get_config() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.type = "resnet"
-    config.model.use_projector = True
-    config.model.proj_hidden_dim = 4096
-    config.model.proj_output_dim = 4096
+    config.model.use_projector = True  # False applies the loss to the representation itself
+    config.model.proj_hidden_dim = 4096  # eight times the features: VICReg gains from wide ones
+    config.model.proj_output_dim = 4096  # the D of the loss
     config.model.stage_sizes = (2, 2, 2, 2)  # new; blocks per stage: ResNet-18
     config.model.width = 64  # new; channels of the first stage, 512 in the last
     config.model.stem_stride = 1  # new; 2 makes every map four times smaller
@@ -52,12 +52,12 @@ def get_config() -> ConfigDict:
     config.optim = ConfigDict()
     config.optim.name = "lars"  # new; lars (with clipping, as the reference), sgd, adamw, muon
     config.optim.epochs = 50
-    config.optim.lr = 0.707
-    config.optim.weight_decay = 1e-4
+    config.optim.lr = 0.707  # the guide's choice, by a search of 5 epochs inside the warm-up
+    config.optim.weight_decay = 1e-4  # of weights only, never of biases and BatchNorm
     config.optim.momentum = 0.9  # new; of lars and sgd
-    config.optim.warmup_epochs = 5.0
+    config.optim.warmup_epochs = 5.0  # linear, per step (the reference steps once an epoch)
     config.optim.warmup_start_lr = 3e-5
-    config.optim.min_lr = 0.0
+    config.optim.min_lr = 0.0  # where the cosine ends
     config.optim.probe_lr = 1e-3  # new; the online probe's own Adam; the reference's shares LARS
 
     config.training = ConfigDict()
