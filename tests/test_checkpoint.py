@@ -86,7 +86,8 @@ def test_the_template_may_be_shapes(workdir):
 
 def test_the_latest_state_of_another_run_comes_back_as_nested_dicts(workdir, tmp_path):
     assert_same(load_latest(workdir)["params"], some_state(3).params)
-    for empty in (tmp_path / "absent", tmp_path):
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    for empty in (tmp_path / "absent", tmp_path / "empty"):
         with pytest.raises(CheckpointError, match="holds no checkpoints"):
             load_latest(empty)
 
