@@ -39,8 +39,10 @@ def get_config() -> ConfigDict:
     config.model.proj_output_dim = 4096  # the D of the loss
     config.model.stage_sizes = (2, 2, 2, 2)  # new; blocks per stage: ResNet-18
     config.model.width = 64  # new; channels of the first stage, 512 in the last
+    config.model.stem_kernel = 3  # new; 7, with stride 2, padding 3 and stem_pool, is ImageNet's
     config.model.stem_stride = 1  # new; 2 makes every map four times smaller
     config.model.stem_padding = 2  # new; the reference's, 34x34 maps; the usual CIFAR stem has 1
+    config.model.stem_pool = False  # new; a max-pool that halves the map after the stem
     config.model.stem_init = "random"  # new; or whitening, by eigenvectors of image patches
 
     config.loss = ConfigDict()

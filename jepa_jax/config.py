@@ -68,8 +68,10 @@ _KEYS = {
         lambda value: len(value) > 0 and all(type(v) is int and v > 0 for v in value),
     ),
     "model.width": _at_least(1),
+    "model.stem_kernel": _Key(int, "3 or 7", lambda value: value in (3, 7)),
     "model.stem_stride": _Key(int, "1 or 2", lambda value: value in (1, 2)),
-    "model.stem_padding": _Key(int, "1 or 2", lambda value: value in (1, 2)),
+    "model.stem_padding": _Key(int, "1, 2 or 3", lambda value: value in (1, 2, 3)),
+    "model.stem_pool": _FLAG,
     "model.stem_init": _one_of("random", "whitening"),
     "loss.type": _one_of("vicreg"),
     "loss.sim_coeff": _NOT_NEGATIVE,
@@ -169,10 +171,11 @@ def validate(config: ConfigDict) -> None:
         )
     if config.model.stem_init == "whitening" and config.model.width % 2:
         raise ConfigError("config.model.stem_init=whitening needs an even config.model.width")
-    if config.model.stem_init == "whitening" and config.model.width > 54:
+    most, side = 2 * 3 * config.model.stem_kernel**2, config.model.stem_kernel
+    if config.model.stem_init == "whitening" and config.model.width > most:
         raise ConfigError(
-            "config.model.stem_init=whitening has at most 54 filters (3x3 patches of 3 channels, "
-            f"both signs), config.model.width is {config.model.width}"
+            f"config.model.stem_init=whitening has at most {most} filters ({side}x{side} patches "
+            f"of 3 channels, both signs), config.model.width is {config.model.width}"
         )
 
 
@@ -195,8 +198,10 @@ def create_encoder(config: ConfigDict, encoder: nn.Module | ModelFns | None = No
             encoder = ResNet(
                 stage_sizes=tuple(model.stage_sizes),
                 width=model.width,
+                stem_kernel=model.stem_kernel,
                 stem_stride=model.stem_stride,
                 stem_padding=model.stem_padding,
+                stem_pool=model.stem_pool,
                 dtype=dtype,
             )
         projector = None

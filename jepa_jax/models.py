@@ -1,7 +1,7 @@
 """Flax encoders and projector, and the two-function seam through which training sees any model.
 
 Images are NHWC floats, normalised by the caller; representations `h [B, F]` and embeddings
-`z [B, D]` are float32 whatever the compute dtype.
+`z [B, D]` are float32 when the compute dtype is narrower, else of the compute dtype.
 """
 
 import functools
@@ -35,10 +35,35 @@ def _fan_out_normal(key, shape, dtype=jnp.float32):
     return jax.random.normal(key, shape, dtype) * jnp.sqrt(jnp.asarray(2.0 / fan_out, dtype))
 
 
+class BatchNorm(nn.BatchNorm):
+    """Flax's BatchNorm, with PyTorch's unbiased variance in the running statistics.
+
+    Both normalise a training batch by its biased variance. What Flax then averages is that one;
+    PyTorch averages n / (n - 1) of it, n being the number of values per channel. In a projector n
+    is the batch size: weights could not move between the two without a drift in evaluation.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, **kwargs: Any) -> jax.Array:
+        is_updating = self.has_variable("batch_stats", "var") and not self.use_running_average
+        old = self.get_variable("batch_stats", "var") if is_updating else None
+        x = super().__call__(x, **kwargs)
+        if is_updating:
+            kept = self.momentum * old
+            added = self.get_variable("batch_stats", "var") - kept
+            count = x.size // x.shape[self.axis]
+            self.put_variable("batch_stats", "var", kept + added * (count / max(count - 1, 1)))
+        return x
+
+
 def _batch_norm(train: bool, dtype: Any) -> Callable[..., nn.Module]:
     return functools.partial(
-        nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype
+        BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype
     )
+
+
+def _at_least_float32(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 class BasicBlock(nn.Module):
@@ -79,7 +104,10 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet for small images: a 3x3 stem, no max-pool, basic blocks, average pooling, no head.
+    """ResNet of basic blocks (arXiv 1512.03385): stem, stages, average pooling, no head.
+
+    By default it is the one for small images, with a 3x3 stem and no max-pool. The paper's own
+    stem for larger images is stem_kernel=7, stem_stride=2, stem_padding=3, stem_pool=True.
 
     Stage i has `stage_sizes[i]` blocks of `width * 2**i` channels and halves the map from the
     second stage on; F = width * 2**(num_stages - 1).
@@ -87,38 +115,44 @@ class ResNet(nn.Module):
     Attributes:
       stage_sizes: blocks per stage; (2, 2, 2, 2) is ResNet-18.
       width: channels of the first stage.
+      stem_kernel: side of the stem's filters.
       stem_stride: 1 as usual on CIFAR; 2 makes every map four times smaller.
       stem_padding: 1 is the community's CIFAR stem; the reference pads 2, which gives 34x34 maps.
+      stem_pool: whether a 3x3 max-pool of stride 2 follows the stem.
       dtype: of the computation; parameters and BatchNorm's statistics are float32.
     """
 
     stage_sizes: Sequence[int] = (2, 2, 2, 2)
     width: int = 64
+    stem_kernel: int = 3
     stem_stride: int = 1
     stem_padding: int = 1
+    stem_pool: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Normalised images [B, H, W, 3] to representations h [B, F], float32."""
+        """Normalised images [B, H, W, 3] to representations h [B, F]."""
         x = nn.Conv(
             self.width,
-            (3, 3),
+            (self.stem_kernel, self.stem_kernel),
             strides=self.stem_stride,
             padding=self.stem_padding,
             use_bias=False,
-            kernel_init=_torch_uniform(3 * 3 * x.shape[-1]),
+            kernel_init=_torch_uniform(self.stem_kernel**2 * x.shape[-1]),
             dtype=self.dtype,
             name="stem_conv",
         )(x.astype(self.dtype))
         x = nn.relu(_batch_norm(train, self.dtype)(name="stem_norm")(x))
+        if self.stem_pool:
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for stage, num_blocks in enumerate(self.stage_sizes):
             for block in range(num_blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
                 x = BasicBlock(
                     self.width * 2**stage, stride, self.dtype, name=f"stage{stage}_block{block}"
                 )(x, train)
-        return jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+        return jnp.mean(x, axis=(1, 2), dtype=_at_least_float32(x.dtype))
 
 
 ResNet18 = functools.partial(ResNet, stage_sizes=(2, 2, 2, 2), width=64)
@@ -126,7 +160,7 @@ ResNet18.__doc__ = "`ResNet` with the sizes of ResNet-18, F = 512; takes its oth
 
 
 class Projector(nn.Module):
-    """MLP from h [B, F] to z [B, D]: Linear, BatchNorm, ReLU twice, then Linear; z is float32."""
+    """MLP from h [B, F] to z [B, D]: Linear, BatchNorm, ReLU twice, then Linear."""
 
     hidden_dim: int = 2048
     output_dim: int = 2048
@@ -140,7 +174,7 @@ class Projector(nn.Module):
             x = nn.Dense(dim, kernel_init=init, bias_init=init, dtype=self.dtype)(x)
             if layer < 2:
                 x = nn.relu(_batch_norm(train, self.dtype)()(x))
-        return x.astype(jnp.float32)
+        return x.astype(_at_least_float32(x.dtype))
 
 
 class ImageJEPA(nn.Module):

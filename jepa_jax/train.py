@@ -182,7 +182,7 @@ def _initial_state(plan: _Plan) -> TrainState:
         kernel = state.params["encoder"]["stem_conv"]["kernel"]
         images = plan.encoder.normalize(jnp.asarray(_clean_images(plan)))
         state.params["encoder"]["stem_conv"]["kernel"] = patch_whitening_kernel(
-            images, kernel.shape[-1]
+            images, kernel.shape[-1], patch_size=kernel.shape[0]
         )
     return state
 

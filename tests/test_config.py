@@ -58,8 +58,10 @@ ALSO_IN_USE = {"meta.model_folder"}
 # Beside those: new keys at the values with which the code does what the reference does.
 REFERENCE_BEHAVIOUR = {
     "loss.sim_coeff": 1.0,
+    "model.stem_kernel": 3,
     "model.stem_padding": 2,
     "model.stem_stride": 1,
+    "model.stem_pool": False,
     "model.stem_init": "random",
     "model.stage_sizes": (2, 2, 2, 2),
     "model.width": 64,
@@ -158,7 +160,9 @@ BAD_VALUES = [
     ("model.stage_sizes", "2222", "must be of type tuple"),
     ("model.width", 0, "at least 1"),
     ("model.stem_stride", 3, "1 or 2"),
-    ("model.stem_padding", 0, "1 or 2"),
+    ("model.stem_kernel", 5, "3 or 7"),
+    ("model.stem_padding", 0, "1, 2 or 3"),
+    ("model.stem_pool", 1, "must be of type bool"),
     ("model.stem_init", "whitenning", "(did you mean whitening?)"),
     ("loss.type", "vicregg", "(did you mean vicreg?)"),
     ("loss.sim_coeff", -0.1, "at least 0"),

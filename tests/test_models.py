@@ -12,6 +12,7 @@ from jepa_jax.models import (
     CIFAR10_MEAN,
     CIFAR10_STD,
     BasicBlock,
+    BatchNorm,
     Encoder,
     ImageJEPA,
     ModelFns,
@@ -176,7 +177,53 @@ def test_running_statistics_move_a_tenth_of_the_way_to_the_batchs(tiny, batch):
     )
     found = new["encoder"]["stem_norm"]
     np.testing.assert_allclose(found["mean"], 0.45 + 0.1 * maps.mean((0, 1, 2)), rtol=1e-4)
-    np.testing.assert_allclose(found["var"], 1.8 + 0.1 * maps.var((0, 1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(found["var"], 1.8 + 0.1 * maps.var((0, 1, 2), ddof=1), rtol=1e-4)
+
+
+def test_the_running_variance_is_the_unbiased_one_and_the_normalising_one_is_not():
+    """As in PyTorch; of five rows the two differ by a quarter."""
+    h = np.random.default_rng(1).normal(size=(5, 3)).astype(np.float32)
+    norm = BatchNorm(use_running_average=False, momentum=0.9)
+    old = {"mean": jnp.full(3, 0.5), "var": jnp.full(3, 2.0)}
+    params = {"scale": jnp.ones(3), "bias": jnp.zeros(3)}
+    found, new = norm.apply({"params": params, "batch_stats": old}, h, mutable=["batch_stats"])
+    np.testing.assert_allclose(found, (h - h.mean(0)) / np.sqrt(h.var(0) + 1e-5), atol=1e-5)
+    np.testing.assert_allclose(new["batch_stats"]["mean"], 0.45 + 0.1 * h.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(new["batch_stats"]["var"], 1.8 + 0.1 * h.var(0, ddof=1), rtol=1e-5)
+    assert set(norm.init(jax.random.key(0), h)) == {"params", "batch_stats"}
+
+
+def test_the_stem_of_larger_images_halves_the_map_twice():
+    """The paper's: 7x7 of stride 2, then a 3x3 max-pool of stride 2, both padded by half."""
+    module = ResNet(
+        stage_sizes=(1,), width=4, stem_kernel=7, stem_stride=2, stem_padding=3, stem_pool=True
+    )
+    images = np.random.default_rng(2).normal(size=(2, 16, 16, 3)).astype(np.float32)
+    variables = some_variables(module, images)
+    assert variables["params"]["stem_conv"]["kernel"].shape == (7, 7, 3, 4)
+    _, state = jax.jit(
+        lambda v, x: module.apply(v, x, capture_intermediates=True, mutable="intermediates")
+    )(variables, images)
+    maps = np.asarray(state["intermediates"]["stem_norm"]["__call__"][0])
+    (found,) = state["intermediates"]["stage0_block0"]["__call__"]
+    assert maps.shape == (2, 8, 8, 4)
+    # Padded by zeros, which after the ReLU is no different from minus infinity.
+    padded = np.pad(np.maximum(maps, 0.0), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))[:, ::2, ::2]
+    block = {kind: tree["stage0_block0"] for kind, tree in variables.items()}
+    expected = jax.jit(BasicBlock(4).apply, static_argnums=2)(block, windows.max((-1, -2)), False)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_outputs_have_the_computes_dtype_but_never_less_than_float32(dtype):
+    module = ImageJEPA(ResNet((1,), width=4, dtype=dtype), Projector(4, 4, dtype=dtype))
+    # Parameters are initialised in float32.
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        images = jnp.zeros((2, 8, 8, 3), dtype)
+        variables = jax.eval_shape(module.init, jax.random.key(0), images)
+        outputs = jax.eval_shape(module.apply, variables, images)
+    assert {output.dtype for output in outputs} == {jnp.dtype(dtype)}
 
 
 def test_training_uses_the_batchs_moments_and_evaluation_the_running_ones(tiny, batch):
