@@ -197,30 +197,37 @@ def color_jitter(
     return blends(image, lambda place: place > hue_place)
 
 
-def random_color_jitter(
+def random_jitter_parameters(
     key: jax.Array,
-    image: jax.Array,
     *,
     brightness: float = 0.4,
     contrast: float = 0.4,
     saturation: float = 0.2,
     hue: float = 0.1,
-) -> jax.Array:
-    """Jitters in random order: factors uniform in [max(0, 1 - a), 1 + a], hue in [-hue, hue]."""
+) -> dict[str, jax.Array]:
+    """What `color_jitter` needs beside the image: all 24 orders alike, every number uniform.
+
+    The factors lie in [max(0, 1 - a), 1 + a], a being the argument of their name, and the hue in
+    [-hue, hue].
+    """
     uniform = jax.random.uniform(key, (5,))
     orders = jnp.array(list(itertools.permutations(range(4))), jnp.int32)
 
     def factor(uniform, amount):
         return _between(uniform, max(0.0, 1.0 - amount), 1.0 + amount)
 
-    return color_jitter(
-        image,
-        orders[_whole_below(uniform[0], len(orders))],
-        brightness=factor(uniform[1], brightness),
-        contrast=factor(uniform[2], contrast),
-        saturation=factor(uniform[3], saturation),
-        hue=_between(uniform[4], -hue, hue),
-    )
+    return {
+        "order": orders[_whole_below(uniform[0], len(orders))],
+        "brightness": factor(uniform[1], brightness),
+        "contrast": factor(uniform[2], contrast),
+        "saturation": factor(uniform[3], saturation),
+        "hue": _between(uniform[4], -hue, hue),
+    }
+
+
+def random_color_jitter(key: jax.Array, image: jax.Array, **amounts: float) -> jax.Array:
+    """Jitters in random order; `amounts` are those of `random_jitter_parameters`."""
+    return color_jitter(image, **random_jitter_parameters(key, **amounts))
 
 
 def random_view(

@@ -1,8 +1,8 @@
 """Self-supervised losses: two embeddings in, one scalar and its named terms out.
 
 Every loss here has the form `loss(z1, z2, *, ...) -> (loss, terms)` with `z1, z2 [B, D]`, computes
-in float32 whatever the dtype of its input, and returns `terms` unweighted, so that a curve of a
-term can be compared between runs whose coefficients differ.
+in float32 (in float64 if its input is), and returns `terms` unweighted, so that a curve of a term
+can be compared between runs whose coefficients differ.
 """
 
 import jax
@@ -32,21 +32,27 @@ def covariance_loss(z: jax.Array) -> jax.Array:
     """Mean squared off-diagonal entry of the covariance (arXiv 2105.04906, eq. 3).
 
     The paper divides the sum by D; the reference implementation takes the mean over the D(D - 1)
-    entries, and so does this. Only the Frobenius norm of the covariance and its diagonal are
-    needed, and the norm is the same for Z^T Z and Z Z^T: the smaller of the two is formed.
+    entries, and so does this. With B < D the covariance [D, D] is never formed: its Frobenius norm
+    is that of the Gram matrix [B, B], from which the squared variances are taken off.
 
     Args:
       z: embeddings [B, D], B >= 2, D >= 2.
 
     Returns:
-      a scalar >= 0.
+      a scalar >= 0 (with B < D to rounding); infinite, its gradient not NaN, on overflow.
     """
     num_rows, num_dims = z.shape
     z = z - jnp.mean(z, axis=0, keepdims=True)
-    gram = (z @ z.T) if num_rows < num_dims else (z.T @ z)
-    norm = jnp.sum(jnp.square(gram / (num_rows - 1)))
-    diagonal = jnp.sum(jnp.square(z), axis=0) / (num_rows - 1)
-    return (norm - jnp.sum(jnp.square(diagonal))) / (num_dims * (num_dims - 1))
+    if num_rows < num_dims:
+        norm = jnp.sum(jnp.square(z @ z.T / (num_rows - 1)))
+        variances = jnp.sum(jnp.square(z), axis=0) / (num_rows - 1)
+        # Where both overflow the difference would be NaN.
+        total = jnp.where(jnp.isinf(norm), norm, norm - jnp.sum(jnp.square(variances)))
+    else:
+        covariance = z.T @ z / (num_rows - 1)
+        is_diagonal = jnp.eye(num_dims, dtype=bool)
+        total = jnp.sum(jnp.square(jnp.where(is_diagonal, 0.0, covariance)))
+    return total / (num_dims * (num_dims - 1))
 
 
 def paper_cov_coeff(num_dims: int) -> float:
@@ -76,8 +82,8 @@ def vicreg_loss(
         off-diagonal entry; None gives the paper's balance, (D - 1) / 25.
 
     Returns:
-      (loss, terms): a float32 scalar and the unweighted float32 scalars `invariance_loss`,
-      `var_loss` and `cov_loss`.
+      (loss, terms): a scalar, and the unweighted scalars `invariance_loss`, `var_loss` and
+      `cov_loss`; float32, or float64 if z1 and z2 are.
 
     Raises:
       ValueError: if the shapes differ, are not [B, D], or B or D is below 2.
@@ -88,7 +94,8 @@ def vicreg_loss(
         raise ValueError(f"variance and covariance need B >= 2 and D >= 2, got {z1.shape}")
     if cov_coeff is None:
         cov_coeff = paper_cov_coeff(z1.shape[1])
-    z1, z2 = z1.astype(jnp.float32), z2.astype(jnp.float32)
+    dtype = jnp.float64 if z1.dtype == jnp.float64 else jnp.float32
+    z1, z2 = z1.astype(dtype), z2.astype(dtype)
     # A GPU's default matmul precision would round the covariance but not the diagonal taken off it.
     with jax.default_matmul_precision("highest"):
         terms = {

@@ -50,8 +50,22 @@ FAULTS = [
     Fault(
         "ddof 0 in the covariance",
         "losses.py",
-        "jnp.square(gram / (num_rows - 1))",
-        "jnp.square(gram / num_rows)",
+        "z.T @ z / (num_rows - 1)",
+        "z.T @ z / num_rows",
+        "test_losses.py",
+    ),
+    Fault(
+        "ddof 0 in the Gram matrix",
+        "losses.py",
+        "jnp.square(z @ z.T / (num_rows - 1))",
+        "jnp.square(z @ z.T / num_rows)",
+        "test_losses.py",
+    ),
+    Fault(
+        "NaN where the squares of the covariance overflow",
+        "losses.py",
+        "jnp.where(jnp.isinf(norm), norm, norm - jnp.sum(jnp.square(variances)))",
+        "norm - jnp.sum(jnp.square(variances))",
         "test_losses.py",
     ),
     Fault(

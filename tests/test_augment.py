@@ -22,6 +22,7 @@ from jepa_jax.augment import (
     color_jitter,
     random_color_jitter,
     random_crop_box,
+    random_jitter_parameters,
     random_view,
     resized_crop,
     rgb_to_grayscale,
@@ -283,17 +284,23 @@ def test_greyscale_solarize_and_flip_are_chosen_independently_and_in_this_order(
     assert total == len(views)
 
 
-def drawn_jitters(monkeypatch, **amounts):
-    """Orders [N, 4] and factors [N] by kind that `random_color_jitter` gives to its core."""
-    monkeypatch.setattr(augment, "color_jitter", lambda image, order, **kinds: (order, kinds))
-    keys = jax.random.split(jax.random.key(2), 4800)
-    draw = functools.partial(random_color_jitter, image=np.zeros((1, 1, 3), np.float32), **amounts)
-    orders, kinds = jax.jit(jax.vmap(lambda key: draw(key)))(keys)
-    return np.asarray(orders), {kind: np.asarray(values) for kind, values in kinds.items()}
+def drawn_jitters(**amounts):
+    """Orders [N, 4] and factors [N] by kind."""
+    draw = jax.vmap(functools.partial(random_jitter_parameters, **amounts))
+    drawn = jax.device_get(jax.jit(draw)(jax.random.split(jax.random.key(2), 4800)))
+    return drawn.pop("order"), drawn
 
 
-def test_jitter_draws_a_uniform_order_and_uniform_independent_factors(monkeypatch):
-    orders, factors = drawn_jitters(monkeypatch)
+def test_random_color_jitter_applies_what_it_draws(floats):
+    key, amounts = jax.random.key(4), {"brightness": 0.9, "hue": 0.3}
+    expected = color_jitter(floats[1], **random_jitter_parameters(key, **amounts))
+    found = random_color_jitter(key, floats[1], **amounts)
+    np.testing.assert_array_equal(found, expected)
+    assert np.max(np.abs(found - floats[1])) > 0.02
+
+
+def test_jitter_draws_a_uniform_order_and_uniform_independent_factors():
+    orders, factors = drawn_jitters()
     found, counts = np.unique(orders, axis=0, return_counts=True)
     assert sorted(map(tuple, found)) == list(itertools.permutations(range(4)))
     assert scipy.stats.chisquare(counts).pvalue > 0.01
@@ -305,8 +312,8 @@ def test_jitter_draws_a_uniform_order_and_uniform_independent_factors(monkeypatc
     assert np.max(np.abs(correlation - np.eye(5))) < 4.5 / math.sqrt(4800)
 
 
-def test_a_jitter_larger_than_one_never_has_a_negative_factor(monkeypatch):
-    _, factors = drawn_jitters(monkeypatch, brightness=3.0, contrast=1.0)
+def test_a_jitter_larger_than_one_never_has_a_negative_factor():
+    _, factors = drawn_jitters(brightness=3.0, contrast=1.0)
     assert_uniform(factors["brightness"], 0.0, 4.0)
     assert_uniform(factors["contrast"], 0.0, 2.0)
 
