@@ -10,7 +10,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "api": ("load_encoder",),
+    "api": ("export_encoder", "load_encoder"),
     "augment": (
         "adjust_brightness",
         "adjust_contrast",
@@ -22,6 +22,7 @@ _HOMES = {
         "two_views",
     ),
     "data": ("Dataset", "from_arrays", "load_dataset"),
+    "interop": ("TorchModel", "import_torch"),
     "losses": ("vicreg_loss",),
     "models": ("Encoder", "ImageJEPA", "ModelFns", "Projector", "ResNet", "ResNet18"),
     "optim": ("lars", "warmup_cosine"),

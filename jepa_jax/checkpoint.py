@@ -144,10 +144,15 @@ def _check_shapes(stored: Mapping[str, list[int]], template: Any) -> None:
 def load_latest(workdir: pathlib.Path) -> Any:
     """The newest state of another run, as nested dicts on this machine's device.
 
+    Of a folder of imported weights, which has no checkpoints, the 'params' and 'batch_stats' of
+    its encoder.
+
     Raises:
       CheckpointError: if there is none, or it is damaged.
     """
     if not (workdir / "checkpoints").is_dir():
+        if (workdir / "encoder").is_dir():
+            return load_tree(workdir / "encoder")
         raise CheckpointError(f"{workdir} holds no checkpoints")
     checkpoints = Checkpoints(workdir, read_only=True)
     step = checkpoints.latest_step()

@@ -14,6 +14,13 @@ def invariance_loss(z1: jax.Array, z2: jax.Array) -> jax.Array:
     return jnp.mean(jnp.square(z1 - z2))
 
 
+def _centred(z: jax.Array) -> jax.Array:
+    # Off the first row before the mean is: of a collapsed batch nothing at all remains, where the
+    # rounding of its mean would, made a hundred times larger by the slope of sqrt(var + eps).
+    z = z - jax.lax.stop_gradient(z[:1])
+    return z - jnp.mean(z, axis=0, keepdims=True)
+
+
 def variance_loss(z: jax.Array, *, margin: float = 1.0, eps: float = 1e-4) -> jax.Array:
     """Hinge on the standard deviation of every dimension (arXiv 2105.04906, eq. 1).
 
@@ -25,7 +32,8 @@ def variance_loss(z: jax.Array, *, margin: float = 1.0, eps: float = 1e-4) -> ja
     Returns:
       mean over D of relu(margin - sqrt(var + eps)), the variance with B - 1; a scalar >= 0.
     """
-    return jnp.mean(jax.nn.relu(margin - jnp.sqrt(jnp.var(z, axis=0, ddof=1) + eps)))
+    variances = jnp.sum(jnp.square(_centred(z)), axis=0) / (z.shape[0] - 1)
+    return jnp.mean(jax.nn.relu(margin - jnp.sqrt(variances + eps)))
 
 
 def covariance_loss(z: jax.Array) -> jax.Array:
@@ -42,7 +50,7 @@ def covariance_loss(z: jax.Array) -> jax.Array:
       a scalar >= 0 (with B < D to rounding); infinite, its gradient not NaN, on overflow.
     """
     num_rows, num_dims = z.shape
-    z = z - jnp.mean(z, axis=0, keepdims=True)
+    z = _centred(z)
     if num_rows < num_dims:
         norm = jnp.sum(jnp.square(z @ z.T / (num_rows - 1)))
         variances = jnp.sum(jnp.square(z), axis=0) / (num_rows - 1)

@@ -56,9 +56,9 @@ class BatchNorm(nn.BatchNorm):
         return x
 
 
-def _batch_norm(train: bool, dtype: Any) -> Callable[..., nn.Module]:
+def _batch_norm(train: bool, dtype: Any, **options: Any) -> Callable[..., nn.Module]:
     return functools.partial(
-        BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype
+        BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, **options
     )
 
 
@@ -169,11 +169,14 @@ class Projector(nn.Module):
     @nn.compact
     def __call__(self, h: jax.Array, train: bool = False) -> jax.Array:
         x = h.astype(self.dtype)
+        # A young encoder's features hardly differ between images: E[x^2] - E[x]^2, Flax's fast way
+        # to a variance, would lose here a digit and a half of float32 in outputs and gradients.
+        norm = _batch_norm(train, self.dtype, use_fast_variance=False)
         for layer, dim in enumerate((self.hidden_dim, self.hidden_dim, self.output_dim)):
             init = _torch_uniform(x.shape[-1])
             x = nn.Dense(dim, kernel_init=init, bias_init=init, dtype=self.dtype)(x)
             if layer < 2:
-                x = nn.relu(_batch_norm(train, self.dtype)()(x))
+                x = nn.relu(norm()(x))
         return x.astype(_at_least_float32(x.dtype))
 
 

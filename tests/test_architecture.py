@@ -18,10 +18,10 @@ FLOORS = (
     {"errors"},
     {"augment", "losses", "optim", "probes", "device", "progress", "signals"},
     {"checkpoint", "data", "metrics", "models"},
-    {"representation", "train_step"},  # pure training and evaluation
+    {"interop", "representation", "train_step"},  # pure training and evaluation
     {"config", "runner"},
     {"api", "train"},
-    {"main"},
+    {"convert", "main"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Arrays in, arrays out: no file, no config, no framework.

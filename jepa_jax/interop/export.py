@@ -1,0 +1,66 @@
+"""An encoder in forms that need none of this package: safetensors in PyTorch's names, StableHLO."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jepa_jax.interop.torch_names import from_torch, to_torch
+from jepa_jax.models import Encoder
+
+# One program that runs on any of them: nothing in a ResNet is written for one kind.
+_PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def _part(variables: Mapping[str, Any], part: str) -> dict[str, np.ndarray]:
+    tensors = to_torch({kind: {part: tree[part]} for kind, tree in variables.items()})
+    return {
+        name.removeprefix(f"{part}."): np.array(tensor, np.float32, order="C")
+        for name, tensor in tensors.items()
+    }
+
+
+def encoder_tensors(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The encoder of an `ImageJEPA`'s variables, in torchvision's names and layouts, float32."""
+    return _part(variables, "encoder")
+
+
+def projector_tensors(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The projector likewise, in the names of an nn.Sequential ('0.weight' to '6.bias').
+
+    Empty if there is none.
+    """
+    return _part(variables, "projector") if "projector" in variables["params"] else {}
+
+
+def serialize_encoder(
+    encoder: Encoder, variables: Mapping[str, Any], image_shape: Sequence[int]
+) -> bytes:
+    """StableHLO of (tensors, images) -> h, by `jax.export`, for any batch size.
+
+    tensors is the dict of `encoder_tensors`, images float32 [b, H, W, 3] in [0, 1], and h [b, F]
+    float32 equals `encoder.apply` on them: the normalisation is inside, the weights are not.
+
+    Args:
+      encoder: of a model without a projector.
+      variables: its variables; only their names and shapes are looked at.
+      image_shape: (H, W, 3).
+    """
+
+    like = {kind: {"encoder": tree["encoder"]} for kind, tree in variables.items()}
+
+    def embed(tensors, images):
+        named = {f"encoder.{name}": tensor for name, tensor in tensors.items()}
+        return encoder.apply(from_torch(named, like), images)
+
+    shapes = {
+        name: jax.ShapeDtypeStruct(tensor.shape, jnp.float32)
+        for name, tensor in encoder_tensors(variables).items()
+    }
+    height, width, channels = image_shape
+    batch = jax.export.symbolic_shape(f"b, {height}, {width}, {channels}")
+    images = jax.ShapeDtypeStruct(batch, jnp.float32)
+    exported = jax.export.export(jax.jit(embed), platforms=_PLATFORMS)(shapes, images)
+    return bytes(exported.serialize())
