@@ -12,6 +12,7 @@ import pathlib
 import platform
 import re
 import sys
+import tempfile
 
 import jax
 import matplotlib
@@ -36,7 +37,7 @@ def table(found: parity.Arrays, wanted: parity.Arrays) -> tuple[str, bool]:
     """The Markdown table of all rows, and whether every one of them holds."""
     lines = ["| piece | measure | asked | worst seen |", "|---|---|---|---|"]
     all_hold = True
-    for row in parity.ROWS:
+    for row in (*parity.ROWS, *parity.WEIGHT_ROWS):
         name, value = parity.compare(row, found, wanted)
         all_hold &= parity.holds(row, value)
         asked = f"{'at least ' if row.measure.at_least else ''}{row.asked:g}"
@@ -134,6 +135,10 @@ def versions() -> str:
 def main() -> None:
     arrays = {name: a for piece in make_reference.PIECES for name, a in piece().items()}
     found, wanted = parity.both_sides(parity.digests(arrays, whole=True), whole=True)
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "latest.pth.tar"
+        wanted |= parity.digests(make_reference.weights(path), whole=True)
+        found |= parity.digests(parity.weights(path), whole=True)
     rows, all_hold = table(found, wanted)
     plot(found, wanted)
     blocks = {

@@ -29,6 +29,7 @@ import reference_inputs as inputs  # noqa: E402
 from configs import full, rapid  # noqa: E402
 from jepa_jax import augment  # noqa: E402
 from jepa_jax.config import hparams_from  # noqa: E402
+from jepa_jax.interop import import_torch  # noqa: E402
 from jepa_jax.interop.torch_names import from_torch, to_torch  # noqa: E402
 from jepa_jax.losses import vicreg_loss  # noqa: E402
 from jepa_jax.models import (  # noqa: E402
@@ -317,6 +318,18 @@ def training(_: Arrays) -> Arrays:
     }
 
 
+# --- weights ------------------------------------------------------------------------------------
+
+
+def weights(path: pathlib.Path) -> Arrays:
+    """Of a file of torch.save: its tensors, read and named anew, and the features of 256 images."""
+    model = import_torch(path)
+    images = model.encoder.normalize(inputs.real_images()[:256])
+    (h, z), _ = jax.jit(model.encoder.model.apply, static_argnums=2)(model.variables, images, False)
+    tensors = {f"weights/tensor/{name}": t for name, t in to_torch(model.variables).items()}
+    return jax.device_get({"weights/h": h, "weights/z": z, **tensors})
+
+
 PIECES = (
     loss,
     lars_steps,
@@ -473,6 +486,12 @@ ROWS = (
     Row("Draws: order of the jitter", "draws/orders", DRAWS, 1e-3),
     Row("Draws: how often each operation is applied", "draws/changed", DRAWS, 1e-3),
     Row("Training: loss of 20 full steps", "training/float32/loss", EACH_RELATIVE, 1e-3),
+)
+
+# Of a file of 80 MB, which only a PyTorch at hand can write.
+WEIGHT_ROWS = (
+    Row("Weights of a .pth.tar: h and z of 256 real images", "weights/(h|z)", RELATIVE, 1e-4),
+    Row("Weights of a .pth.tar: every tensor, there and back", "weights/tensor", WORST, 0.0),
 )
 
 

@@ -112,6 +112,24 @@ def test_collapsed_embeddings_have_the_full_hinge_and_finite_gradients(shape):
     assert all(np.all(np.isfinite(gradient)) for gradient in gradients)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_collapsed_batch_feels_the_invariance_alone(shape):
+    """Exactly: the rounding of a mean, through the hinge's slope at zero, would be felt too."""
+    rows = np.random.default_rng(11).normal(size=(2, 1, shape[1]))
+    z1, z2 = np.float32(np.broadcast_to(rows, (2, *shape)))
+    _, gradients = vicreg_gradients(z1, z2, std_coeff=1e4, cov_coeff=1e4)
+    slope = 2 * (z1 - z2) / np.float32(z1.size)
+    np.testing.assert_allclose(gradients, [slope, -slope], rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_where_squares_of_the_covariance_overflow_nothing_is_nan(shape):
+    z1, z2 = np.float32(embeddings(shape)) * np.float32(1e12)
+    (loss, terms), gradients = vicreg_gradients(z1, z2)
+    assert loss == terms["cov_loss"] == np.inf
+    assert all(np.all(np.isfinite(gradient)) for gradient in gradients)
+
+
 def test_standardised_uncorrelated_dimensions_cost_nothing():
     hadamard = np.array([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
     z = np.float32(np.tile(hadamard[:, 1:], (2, 1)) * 1.2)

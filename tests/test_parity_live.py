@@ -1,11 +1,16 @@
 """The parity proof against a PyTorch at hand, on whole tensors: pip install -e '.[parity]'."""
 
 import pathlib
+import re
 import warnings
 
 import numpy as np
 import parity
 import pytest
+
+from jepa_jax import export_encoder, import_torch
+from jepa_jax.api import save_import
+from jepa_jax.models import CIFAR10_MEAN, CIFAR10_STD
 
 pytest.importorskip("torch", reason="needs the extra parity")
 
@@ -13,6 +18,8 @@ pytest.importorskip("torch", reason="needs the extra parity")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import make_reference
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -41,3 +48,47 @@ def test_the_fixture_is_what_its_script_computes(torchs):
     for row in parity.ROWS:
         if not row.pattern.startswith("schedule"):
             assert parity.holds(row, parity.compare(row, live, frozen)[1]), row.piece
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """(a checkpoint of a ResNet-18 in eb_jepa's form, what PyTorch computes with it)."""
+    path = tmp_path_factory.mktemp("saved") / "latest.pth.tar"
+    return path, make_reference.weights(path)
+
+
+@pytest.mark.parametrize("row", parity.WEIGHT_ROWS, ids=lambda row: row.piece)
+def test_weights_of_a_real_checkpoint(row, saved):
+    path, torchs = saved
+    found = parity.digests(parity.weights(path), whole=True)
+    name, value = parity.compare(row, found, parity.digests(torchs, whole=True))
+    assert parity.holds(row, value), f"{name}: {row.measure.words} is {value}"
+
+
+def test_exported_weights_load_into_torchvisions_resnet18(saved, tmp_path, monkeypatch):
+    """By the README's own lines; and the exported projector into an nn.Sequential."""
+    import safetensors.torch
+    import torch
+
+    path, torchs = saved
+    save_import(import_torch(path), tmp_path / "run")
+    export_encoder(tmp_path / "run", tmp_path / "exported")
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = re.findall(r"```\n(net = .*?)```", README.read_text(), flags=re.S)
+    images = torch.tensor(parity.inputs.real_images()[:256]).permute(0, 3, 1, 2) / 255
+    names = {
+        "torch": torch,
+        "torchvision": make_reference.torchvision,
+        "safetensors": safetensors,
+        "images": images,
+        "mean": torch.tensor(CIFAR10_MEAN)[:, None, None],
+        "std": torch.tensor(CIFAR10_STD)[:, None, None],
+    }
+    projector = make_reference.projector(2048, 2048)
+    tensors = safetensors.torch.load_file("exported/projector.safetensors")
+    projector.load_state_dict(tensors, strict=True)
+    with torch.no_grad():
+        exec(compile(snippet, "README.md", "exec"), names)
+        z = projector.eval()(names["h"])
+    for found, name in ((names["h"], "weights/h"), (z, "weights/z")):
+        np.testing.assert_allclose(found, torchs[name], atol=1e-5 * np.max(np.abs(torchs[name])))

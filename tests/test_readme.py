@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jepa_jax import train
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -19,12 +21,14 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 def workdir(tiny_config, small_cifar, tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme") / "runs" / "cpu"
     train.train_and_evaluate(tiny_config, folder, dataset=small_cifar)
+    jepa_jax.export_encoder(folder, folder.parent.parent / "exported")
+    shutil.copy(FIXTURES / "torch_eb_jepa.pth", folder.parent.parent / "latest.pth.tar")
     return folder
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
 def test_every_snippet_runs(snippet, workdir, cifar_arrays, tiny_config, monkeypatch):
-    """With `images` for the reader's own images; in a folder that holds runs/cpu."""
+    """With `images` for the reader's own; in a folder with runs/cpu, its export, a checkpoint."""
     assert len([line for line in snippet.splitlines() if line.strip()]) <= 10
     monkeypatch.chdir(workdir.parent.parent)
     names = {
