@@ -115,7 +115,7 @@ def plot(found: parity.Arrays, wanted: parity.Arrays) -> None:
     theirs = wanted["training/float32/loss"][1:]
     exact = wanted["training/float64/loss"][1:]
     steps = np.arange(len(ours))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
     left.plot(steps, theirs, color="#d95f02", linewidth=5, alpha=0.4, label="PyTorch")
     left.plot(steps, ours, color="#1b1b1b", linewidth=1.2, label="jepa_jax")
     left.set(xlabel="step", ylabel="VICReg loss", title="Loss of 20 training steps, float32")
@@ -124,13 +124,13 @@ def plot(found: parity.Arrays, wanted: parity.Arrays) -> None:
     for difference, color, style, label in (
         (ours / theirs - 1, "#1b1b1b", ".-", "jepa_jax"),
         (exact / theirs - 1, "#7570b3", ".-", "PyTorch in float64"),
-        (pytorchs_own_rounding(), "#7570b3", "--", "the same, at 1 : 25 : 1 and rate 0.1"),
+        (pytorchs_own_rounding(), "#7570b3", "--", "the same, at rate 0.1\nand weights 1 : 25 : 1"),
     ):
         # Equal floats have no place on a logarithmic axis: they lie on its lower edge.
         right.semilogy(steps, np.maximum(np.abs(difference), 1e-8), style, color=color, label=label)
     right.set_ylim(bottom=1e-8)
     right.set(xlabel="step", title="Relative difference from PyTorch in float32")
-    right.legend(frameon=False, loc="lower right")
+    right.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
