@@ -20,10 +20,11 @@ from ml_collections import ConfigDict
 
 from jepa_jax import checkpoint
 from jepa_jax.config import create_encoder
-from jepa_jax.errors import CheckpointError
+from jepa_jax.errors import CheckpointError, Interrupted
 from jepa_jax.interop import TorchModel, encoder_tensors, projector_tensors, serialize_encoder
 from jepa_jax.metrics import read_json, write_json
 from jepa_jax.models import Encoder, ModelFns
+from jepa_jax.signals import stop_on_signals
 
 # Of config.json, as a run writes it; and of an export's card.json.
 CONFIG_SCHEMA_VERSION = 1
@@ -52,8 +53,8 @@ def load_encoder(
             f"{workdir} was trained with an encoder of its own, {stored['custom']['encoder']}: "
             "pass it as load_encoder(workdir, encoder=...)"
         )
-    variables = checkpoint.load_tree(workdir / "encoder")
-    return create_encoder(ConfigDict(stored["config"]), encoder), variables
+    described = _described_encoder(workdir, stored, encoder)
+    return described, checkpoint.load_tree(workdir / "encoder")
 
 
 def _read_run(workdir: str | os.PathLike[str]) -> tuple[pathlib.Path, dict[str, Any]]:
@@ -62,7 +63,23 @@ def _read_run(workdir: str | os.PathLike[str]) -> tuple[pathlib.Path, dict[str, 
     for name in ("config.json", "encoder"):
         if not (workdir / name).exists():
             raise CheckpointError(f"{workdir} holds no finished run: {name} is missing")
-    return workdir, read_json(workdir / "config.json")
+    stored = read_json(workdir / "config.json")
+    sections = ("config", "custom", "dataset")
+    if type(stored) is not dict or not all(type(stored.get(s)) is dict for s in sections):
+        raise CheckpointError(f"{workdir / 'config.json'} is not that of a run")
+    return workdir, stored
+
+
+def _described_encoder(
+    workdir: pathlib.Path, stored: dict[str, Any], encoder: nn.Module | ModelFns | None = None
+) -> Encoder:
+    try:
+        return create_encoder(ConfigDict(stored["config"]), encoder)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{workdir / 'config.json'} describes no encoder of this version ({reason})"
+        ) from error
 
 
 def save_import(model: TorchModel, folder: str | os.PathLike[str]) -> None:
@@ -118,6 +135,7 @@ def export_encoder(workdir: str | os.PathLike[str], folder: str | os.PathLike[st
 
     encoder.safetensors: the weights, in torchvision's names and layouts, float32.
     projector.safetensors: those of the projector if there is one, in an nn.Sequential's names.
+    probe.safetensors: the linear probe of imported weights, in an nn.Linear's.
     encoder.stablehlo: (tensors, images) -> h [b, F], tensors as loaded from encoder.safetensors,
       images float32 [b, H, W, 3] in [0, 1]; the normalisation is inside. For `jax.export`.
     card.json: preprocessing, architecture, the run's config and figures, versions, digests.
@@ -136,15 +154,20 @@ def export_encoder(workdir: str | os.PathLike[str], folder: str | os.PathLike[st
             f"{workdir} was trained with an encoder of its own, {stored['custom']['encoder']}: "
             "only the package's ResNet has names in PyTorch"
         )
-    config = ConfigDict(stored["config"])
     variables = checkpoint.load_tree(workdir / "encoder")
-    config.model.use_projector = False
-    encoder = create_encoder(config)
+    _described_encoder(workdir, stored)
+    model = {**stored["config"]["model"], "use_projector": False}
+    alone = {**stored, "config": {**stored["config"], "model": model}}
+    encoder = _described_encoder(workdir, alone)
     image_shape = stored["dataset"]["image_shape"]
     with _new_folder(folder) as partial:
         _save_tensors(partial / "encoder.safetensors", encoder_tensors(variables))
         if tensors := projector_tensors(variables):
             _save_tensors(partial / "projector.safetensors", tensors)
+        if (workdir / "probe.safetensors").exists():
+            probe = safetensors.numpy.load_file(workdir / "probe.safetensors")
+            tensors = {"weight": probe["kernel"].T, "bias": probe["bias"]}
+            _save_tensors(partial / "probe.safetensors", tensors)
         program = serialize_encoder(encoder, variables, image_shape)
         (partial / "encoder.stablehlo").write_bytes(program)
         files = sorted(partial.iterdir())
@@ -231,16 +254,31 @@ def _save_tensors(path: pathlib.Path, tensors: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _new_folder(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """A folder beside the wanted one, which takes its place when all is written, or goes."""
-    folder = pathlib.Path(folder).expanduser().resolve()
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    """A folder beside the wanted one, which takes its place when all is written, or goes.
+
+    SIGINT and SIGTERM wait for what is being written: its threads cannot be stopped halfway.
+    """
+    partial = None
     try:
+        folder = pathlib.Path(folder).expanduser().resolve()
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CheckpointError(f"{folder} exists and is not an empty folder: give a new one")
-        partial.mkdir(parents=True)
-        yield partial
-        os.replace(partial, folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
+        partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+        with stop_on_signals("interrupted; nothing was written") as stop:
+            stop.deferring = True
+            partial.mkdir(parents=True)
+            yield partial
+            if stop.signal_number:
+                raise Interrupted(stop.message, stop.signal_number)
+            if not folder.exists():
+                os.replace(partial, folder)
+            # The folder itself may be somebody's current one. What makes it readable comes last.
+            last = ("config.json", "card.json")
+            for path in sorted(partial.glob("*"), key=lambda path: path.name in last):
+                os.replace(path, folder / path.name)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{folder} cannot be written: {reason}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)

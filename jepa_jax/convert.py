@@ -8,6 +8,7 @@ exit.
 
 import argparse
 import collections
+import contextlib
 import pathlib
 import signal
 import sys
@@ -99,6 +100,7 @@ def _import(arguments: argparse.Namespace) -> None:
 
     from jepa_jax.api import save_import
     from jepa_jax.interop import import_torch, shown
+    from jepa_jax.metrics import read_json
 
     model = import_torch(
         arguments.src,
@@ -119,7 +121,7 @@ def _import(arguments: argparse.Namespace) -> None:
     _print_table(
         {
             "read": arguments.src,
-            "source": model.source,
+            "names of": model.source,
             "stored as": ", ".join(model.dtypes) + (", now float32" if is_converted else ""),
             "encoder": _sizes(vars(resnet)),
             "projector": projector_text,
@@ -132,6 +134,18 @@ def _import(arguments: argparse.Namespace) -> None:
             "wrote": f"{arguments.dst}, for load_encoder and --init_from",
         }
     )
+    flags = " ".join(_flags(read_json(arguments.dst.expanduser() / "config.json")["config"]))
+    print(f"to train on from it: python -m jepa_jax.main --init_from={arguments.dst} {flags}")
+
+
+def _flags(config: dict[str, Any]) -> Iterable[str]:
+    """The overrides with which any config describes the imported model."""
+    for section in ("model", "data"):
+        for name, value in config[section].items():
+            if name != "use_projector":
+                text = f"'{tuple(value)}'".replace(" ", "") if type(value) is list else value
+                yield f"--config.{section}.{name}={text}"
+    yield "--config.model.stem_init=random"
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -142,7 +156,7 @@ def _export(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is not None:
             raise ConfigError(f"--{name} is for a file; {arguments.src} is a folder that says it")
     export_encoder(arguments.src, arguments.dst)
-    card = read_json(arguments.dst / "card.json")
+    card = read_json(arguments.dst.expanduser() / "card.json")
     preprocessing, projector = card["preprocessing"], card["architecture"]["projector"]
     height, width, _ = preprocessing["image_shape"]
     _print_table(
@@ -163,10 +177,15 @@ def _export(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; `argv` is without the program's name, by default this process's."""
     arguments = _parse(argv)
+    # A name that the terminal cannot show must not end what has been done.
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         (_export if arguments.src.expanduser().is_dir() else _import)(arguments)
     except JepaError as error:
         _fail(str(error), error.exit_code)
+    except (OSError, RuntimeError) as error:  # of paths: too long, no such user, ...
+        _fail(" ".join(str(error).split()))
     except KeyboardInterrupt:
         _fail("interrupted; nothing was written", 128 + signal.SIGINT)
 

@@ -12,7 +12,8 @@ from jepa_jax.errors import Interrupted
 class StopRequest:
     """Turns SIGINT and SIGTERM into a flag while `deferring`, else into Interrupted at once."""
 
-    def __init__(self):
+    def __init__(self, message: str):
+        self.message = message
         self.signal_number = 0
         self.deferring = False
 
@@ -21,15 +22,13 @@ class StopRequest:
         if self.deferring and not self.signal_number:
             self.signal_number = signal_number
             return
-        raise Interrupted(
-            "interrupted; the same command goes on from the last checkpoint", signal_number
-        )
+        raise Interrupted(self.message, signal_number)
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals(message: str) -> Iterator[StopRequest]:
     """Handles SIGINT and SIGTERM inside the block; the previous handlers come back after it."""
-    request = StopRequest()
+    request = StopRequest(message)
     if threading.current_thread() is not threading.main_thread():
         yield request  # Python allows handlers in the main thread alone
         return

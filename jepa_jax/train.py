@@ -66,6 +66,8 @@ _NUM_CLEAN_IMAGES = 2000
 # Steps of one scanned program, and images in it: long enough to hide the dispatch, short enough
 # for a live bar and a prompt Ctrl-C.
 _SCAN_STEPS, _SCAN_IMAGES = 32, 8192
+# What decides what a network computes and leaves no trace in the shapes of its parameters.
+_WITHOUT_SHAPE = ("model.stem_stride", "model.stem_padding", "model.stem_pool")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,27 +256,56 @@ def _resume(plan: _Plan, checkpoints: checkpoint.Checkpoints, state: TrainState)
     if step is not None:
         return checkpoints.restore(step, state)
     if plan.init_from:
-        state = _with_parameters_of(pathlib.Path(plan.init_from), state)
+        state = _with_parameters_of(plan, state)
     return state, _new_progress()
 
 
-def _with_parameters_of(workdir: pathlib.Path, state: TrainState) -> TrainState:
-    stored = checkpoint.load_latest(workdir.expanduser())
+def _with_parameters_of(plan: _Plan, state: TrainState) -> TrainState:
+    """The state with the parameters and statistics in `plan.init_from`.
+
+    An encoder that was imported without a projector is trained under the fresh one.
+    """
+    workdir = pathlib.Path(plan.init_from).expanduser()
+    stored = checkpoint.load_latest(workdir)
     given = {"params": stored["params"], "batch_stats": stored["batch_stats"] or {}}
     wanted = {"params": state.params, "batch_stats": state.batch_stats}
+    if "encoder" in given["params"] and "projector" in set(state.params) - set(given["params"]):
+        say(f"{'init':<10}{workdir} has no projector: a new one is trained")
+        given = {kind: {**wanted[kind], **tree} for kind, tree in given.items()}
 
     def shapes(tree):
         leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
+        named = {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in leaves}
+        return dict(sorted(named.items(), reverse=True))  # parameters before statistics
 
-    if shapes(given) != shapes(wanted):
-        differing = sorted(set(shapes(given).items()) ^ set(shapes(wanted).items()))
-        name, shape = max(differing, key=lambda item: item[0].startswith("['params']"))
-        raise CheckpointError(
-            f"--init_from={workdir} holds another model; the first difference is {name} {shape}"
-        )
+    there, here = shapes(given), shapes(wanted)
+    for name in {**there, **here}:
+        found, expected = there.get(name, "absent"), here.get(name, "absent")
+        if found != expected:
+            raise CheckpointError(
+                f"--init_from={workdir} holds another model: {name} is {found} there and "
+                f"{expected} here"
+            )
+    _check_same_network(plan, workdir)
     given = jax.tree.map(jnp.asarray, given)
     return dataclasses.replace(state, **given)
+
+
+def _check_same_network(plan: _Plan, workdir: pathlib.Path) -> None:
+    """Refuses parameters that fit, but were trained in a network of other strides or padding."""
+    path = workdir / "config.json"
+    if "encoder" in plan.custom or not path.exists():
+        return
+    changed = changed_keys(read_json(path)["config"], json.loads(plan.config.to_json()))
+    changed = {line.split(":")[0]: line for line in changed if " None" not in line}
+    if lines := [changed[name] for name in _WITHOUT_SHAPE if name in changed]:
+        raise CheckpointError(
+            f"--init_from={workdir} holds another model ({'; '.join(lines)}): give the config "
+            "its values"
+        )
+    for name in ("data.mean", "data.std"):
+        if name in changed:
+            say(f"{'note':<10}the images are normalised otherwise than there: {changed[name]}")
 
 
 # --- steps ------------------------------------------------------------------------------------
@@ -529,7 +560,9 @@ def _train(plan, state, progress, checkpoints, session) -> tuple[TrainState, dic
     config = plan.config
     clock = Stopwatch(progress["train_seconds"])
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(stop_on_signals())
+        stop = stack.enter_context(
+            stop_on_signals("interrupted; the same command goes on from the last checkpoint")
+        )
         writer = MetricsWriter(
             plan.workdir,
             step=int(state.step),

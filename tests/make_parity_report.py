@@ -42,7 +42,7 @@ def table(found: parity.Arrays, wanted: parity.Arrays) -> tuple[str, bool]:
         name, value = parity.compare(row, found, wanted)
         all_hold &= parity.holds(row, value)
         asked = f"{'at least ' if row.measure.at_least else ''}{row.asked:g}"
-        lines.append(f"| {row.piece} | {row.measure.words} | {asked} | {value:.2g} |")
+        lines.append(f"| {row.piece} | {row.measure.words} | {asked} | {value:.3g} |")
         print(f"{'' if parity.holds(row, value) else 'FAILS '}{lines[-1]} {name}", flush=True)
     return "\n".join(lines), all_hold
 

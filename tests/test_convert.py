@@ -1,13 +1,15 @@
 """The command that converts weights, and what it writes: read by this package, JAX and PyTorch."""
 
-import functools
 import hashlib
 import json
 import os
 import pathlib
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import uuid
 
 import jax
 import numpy as np
@@ -278,9 +280,13 @@ def test_an_imported_folder_says_where_it_comes_from(imported):
     assert not stored["config"]["model"]["use_projector"]
 
 
-def test_training_starts_from_exactly_the_imported_parameters(
-    imported, tiny_config, small_cifar, tmp_path, monkeypatch
-):
+PROJECTOR = {"model.proj_hidden_dim": 6, "model.proj_output_dim": 5}
+
+
+@pytest.fixture
+def start(tiny_config, small_cifar, tmp_path, monkeypatch):
+    """(a folder to start from, changes of the config) -> the state before the first step."""
+
     class Started(Exception):
         """Ends a run where it would compile its step."""
 
@@ -288,24 +294,50 @@ def test_training_starts_from_exactly_the_imported_parameters(
         raise Started(jax.device_get(state))
 
     monkeypatch.setattr(train, "_train", stop)
-    config = tiny_config.copy_and_resolve_references()
-    config.update_from_flattened_dict(
-        {
-            "model.stem_stride": 1,
-            "model.stem_padding": 2,
-            "model.proj_hidden_dim": 6,
-            "model.proj_output_dim": 5,
-        }
-    )
-    start = functools.partial(train.train_and_evaluate, config, dataset=small_cifar)
-    with pytest.raises(Started) as started:
-        start(tmp_path / "run", init_from=str(imported / EB_JEPA.name))
-    (state,) = started.value.args
+
+    def call(init_from, changes):
+        config = tiny_config.copy_and_resolve_references()
+        config.update_from_flattened_dict({"model.stem_init": "random", **changes})
+        workdir = tmp_path / uuid.uuid4().hex
+        try:
+            train.train_and_evaluate(config, workdir, dataset=small_cifar, init_from=str(init_from))
+        except Started as started:
+            return started.args[0]
+
+    return call
+
+
+def test_training_starts_from_exactly_the_imported_parameters(imported, start):
+    network = {"model.stem_stride": 1, "model.stem_padding": 2, **PROJECTOR}
+    state = start(imported / EB_JEPA.name, network)
     model = import_torch(EB_JEPA)
     jax.tree.map(np.testing.assert_array_equal, state.params, model.variables["params"])
     jax.tree.map(np.testing.assert_array_equal, state.batch_stats, model.variables["batch_stats"])
-    with pytest.raises(CheckpointError, match="holds another model"):
-        start(tmp_path / "other", init_from=str(imported / CIFAR.name))
+
+
+def test_training_keeps_its_projector_where_the_import_has_none(start, imported):
+    state = start(imported / CIFAR.name, {"model.stem_stride": 1})
+    model = import_torch(CIFAR)
+    given, fresh = state.params, start("", {"model.stem_stride": 1}).params
+    jax.tree.map(
+        np.testing.assert_array_equal, given["encoder"], model.variables["params"]["encoder"]
+    )
+    jax.tree.map(np.testing.assert_array_equal, given["projector"], fresh["projector"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({}, r"params/projector/Dense_2/kernel is \(6, 5\) there and \(8, 8\) here"),
+        (PROJECTOR, "model.stem_stride: 1 -> 2; model.stem_padding: 2 -> 1"),
+        ({**PROJECTOR, "model.stem_stride": 1}, "model.stem_padding: 2 -> 1"),
+    ],
+)
+def test_training_refuses_what_fits_in_another_network(changes, text, start, imported):
+    """Stride and padding leave no trace in shapes."""
+    with pytest.raises(CheckpointError, match="holds another model") as error:
+        start(imported / EB_JEPA.name, changes)
+    assert re.search(text, str(error.value)), error.value
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -316,9 +348,10 @@ def test_the_command_reads_a_file_and_says_what_it_read(tmp_path):
     arguments = ["-m", "jepa_jax.convert", *options, str(SOLO_LEARN), "out"]
     code, out, err = run(arguments, tmp_path, JAX_PLATFORMS="cpu")
     assert (code, err) == (0, "")
-    rows = dict(line.split("  ", 1) for line in out.splitlines())
+    *lines, last = out.splitlines()
+    rows = dict(line.split("  ", 1) for line in lines)
     rows = {name.strip(): text.strip() for name, text in rows.items()}
-    assert rows["source"] == "solo-learn" and rows["probe"] == "10 classes"
+    assert rows["names of"] == "solo-learn" and rows["probe"] == "10 classes"
     assert rows["encoder"] == (
         "ResNet of 1, 1 basic blocks, width 4; 3x3 stem of stride 1, padding 1"
     )
@@ -354,6 +387,9 @@ def test_bad_input_is_one_line(refused, workdir, tmp_path):
         ([EB_JEPA, new, "--mean=1,2"], "mean must be three numbers"),
         ([EB_JEPA, new, "--std=0,1,1"], "std must be three numbers above 0"),
         ([tmp_path / "absent", new], "does not exist"),
+        ([tmp_path / ("a" * 300), new], "File name too long"),
+        (["~nobody-here/x", new], "home"),
+        ([EB_JEPA, "~nobody-here/x"], "home"),
         ([tmp_path / "empty", new], "is empty"),
         ([EB_JEPA, tmp_path / "full"], "exists and is not an empty folder"),
         ([EB_JEPA, tmp_path / "empty"], "exists and is not an empty folder"),
@@ -365,6 +401,56 @@ def test_bad_input_is_one_line(refused, workdir, tmp_path):
     for arguments, text in cases:
         assert text in refused(*arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
+
+
+def test_an_imported_probe_is_exported_in_pytorchs_layout(imported, tmp_path):
+    export_encoder(imported / EB_JEPA.name, tmp_path / "out")
+    found = safetensors.numpy.load_file(tmp_path / "out" / "probe.safetensors")
+    content, _ = read_file(EB_JEPA)
+    for name, array in content["linear_probe_state_dict"].items():
+        np.testing.assert_array_equal(found.pop(name.removeprefix("classifier.")), array)
+    assert not found
+
+
+def test_a_signal_while_writing_waits_and_leaves_nothing(monkeypatch, capsys, tmp_path):
+    """orbax's threads cannot be stopped halfway: they would write on into what is cleaned up."""
+    original = api.checkpoint.save_tree
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        original(*arguments)
+        assert (arguments[0] / "_METADATA").exists()
+
+    monkeypatch.setattr(api.checkpoint, "save_tree", interrupted)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        convert.main([str(EB_JEPA), str(tmp_path / "out")])
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "error: interrupted; nothing was written\n"
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_the_current_folder_may_be_the_destination(monkeypatch, tmp_path, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    inode = os.stat(".").st_ino
+    convert.main([str(CIFAR), "."])
+    assert os.stat(tmp_path / "here").st_ino == inode
+    load_encoder(".")
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", '{"config": {}, "custom": {}}'])
+def test_a_config_that_is_none_of_a_runs_is_one_line(content, refused, imported, tmp_path):
+    shutil.copytree(imported / CIFAR.name, tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(content)
+    assert "config.json is not that of a run" in refused(tmp_path / "run", tmp_path / "out")
+    stored = json.loads((imported / CIFAR.name / "config.json").read_text())
+    del stored["config"]["model"]["stem_kernel"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(stored))
+    line = refused(tmp_path / "run", tmp_path / "out")
+    assert "describes no encoder of this version" in line and "stem_kernel" in line
 
 
 def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path):

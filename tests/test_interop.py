@@ -130,9 +130,14 @@ def test_padding_and_normalisation_can_be_given(images, models):
         (EB_JEPA.name, {"stem_padding": 3}, "stem_padding must be 1 or 2 for the 3x3 stem"),
         (EB_JEPA.name, {"stem_padding": 0}, "stem_padding must be 1 or 2"),
         ("torch_torchvision.pth", {"stem_padding": 1}, "must be 3 for the 7x7 stem"),
-        (EB_JEPA.name, {"mean": (0.1, 0.2)}, "mean must be three numbers, got"),
+        (EB_JEPA.name, {"mean": (0.1, 0.2)}, r"mean must be three numbers in \[0, 1\], got"),
         (EB_JEPA.name, {"std": (0.1, 0.2, 0.0)}, "std must be three numbers above 0"),
         (EB_JEPA.name, {"mean": (0.1, 0.2, np.nan)}, "mean must be three numbers"),
+        (EB_JEPA.name, {"mean": (125, 122, 113)}, "mean must be three numbers"),
+        (EB_JEPA.name, {"mean": 0.5}, "mean must be three numbers"),
+        (EB_JEPA.name, {"std": ("a", 1, 10**400)}, "std must be three numbers"),
+        (EB_JEPA.name, {"stem_padding": True}, "stem_padding must be 1 or 2"),
+        (EB_JEPA.name, {"stem_padding": 1.0}, "stem_padding must be 1 or 2"),
     ],
 )
 def test_arguments_out_of_range_are_refused(name, argument, text):
@@ -169,7 +174,7 @@ def test_the_two_directions_are_inverse(stage_sizes, tmp_path):
     module = ImageJEPA(ResNet(stage_sizes, width=2), Projector(3, 4))
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     rng = np.random.default_rng(0)
-    variables = jax.tree.map(lambda leaf: np.float32(rng.normal(size=leaf.shape)), shapes)
+    variables = jax.tree.map(lambda leaf: np.float32(rng.uniform(size=leaf.shape)), shapes)
     tensors = to_torch(variables)
     assert len(tensors) == len(jax.tree.leaves(variables))
     jax.tree.map(np.testing.assert_array_equal, from_torch(tensors, shapes), variables)
@@ -269,7 +274,7 @@ MISFITS = {
         {f"{START}layer1.0.conv3.weight": np.zeros((4, 4, 1, 1), np.float32)},
         ["bottleneck blocks", "ResNet-18 and ResNet-34"],
     ),
-    "no stem": ({f"{START}conv1.weight": None}, ["holds no ResNet", "at its top are"]),
+    "no stem": ({f"{START}conv1.weight": None}, ["holds no ResNet", f"but {START}bn1.bias"]),
     "twice": (
         {f"module.{START}bn1.bias": np.zeros(4, np.float32)},
         ["the same tensors under two names"],
@@ -284,6 +289,46 @@ def test_what_does_not_fit_is_named(case, refusal, tmp_path):
     line = refusal(import_torch, path)
     assert str(path) in line
     assert not [text for text in texts if text not in line], line
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_are_named(value, refusal, tmp_path):
+    changes = {f"{START}layer1.0.bn1.weight": np.full(4, value, np.float32)}
+    line = refusal(import_torch, write_safetensors(tmp_path / "x.safetensors", edited(changes)))
+    assert f"{START}layer1.0.bn1.weight is not finite in float32" in line
+    changes = {f"{START}bn1.running_var": np.float32([1.0, -1.0, 1.0, 1.0])}
+    line = refusal(import_torch, write_safetensors(tmp_path / "x.safetensors", edited(changes)))
+    assert f"{START}bn1.running_var is negative" in line
+
+
+@pytest.mark.parametrize("blocks", [range(1, 2), range(200)])
+def test_blocks_that_no_resnet_has_are_refused_before_they_are_built(blocks, refusal, tmp_path):
+    """A name of a few bytes could ask for a network of any depth."""
+    state = {f"{START}layer3.{n}.conv1.weight": np.zeros(1, np.float32) for n in blocks}
+    line = refusal(import_torch, write_safetensors(tmp_path / "x.safetensors", edited(state)))
+    assert "has blocks that no ResNet has" in line
+
+
+def test_many_names_of_one_tensor_are_refused(refusal, tmp_path):
+    """They are legal in a file of torch.save, and would fill the memory with copies."""
+    module = ImageJEPA(ResNet((3, 3), width=32))
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    leaves = jax.eval_shape(to_torch, shapes)
+    count, entries = max(leaf.size for leaf in leaves.values()), []
+    for name, leaf in leaves.items():
+        strides = tuple(int(np.prod(leaf.shape[axis + 1 :])) for axis in range(leaf.ndim))
+        view = tensor(shape=leaf.shape, strides=strides, count=count)
+        entries += [name.removeprefix("encoder."), view]
+    path, storages = tmp_path / "x.pth", {"0": bytes(4 * count)}
+    write_archive(path, program=pickled(b"}(", *entries, b"u"), storages=storages)
+    assert "its tensors share them" in refusal(import_torch, path)
+
+
+def test_keys_that_collide_are_refused(refusal, tmp_path):
+    """Multiples of 2**61 - 1 have one hash."""
+    program = pickle.dumps({(2**61 - 1) * n: n for n in range(3)}, 2)
+    line = refusal(import_torch, write_archive(tmp_path / "x.pth", program=program))
+    assert "a dictionary key of type int, or too large" in line
 
 
 def test_a_head_of_another_size_is_named(refusal, tmp_path):
@@ -326,7 +371,7 @@ PLAIN = {
     "numbers": [0, 1, -1, 255, 256, 65536, 2**31, -(2**31), 2**70, 0.0, -1.5, 1e300],
     "others": [None, True, False, b"", b"\x00" * 300],
     "tuples": [(), (1,), (1, 2), (1, 2, 3), tuple(range(9)), ((), ((),))],
-    "nested": {1: {"a": [{"b": ()}]}, None: [], 1.5: {}, b"a": [[]]},
+    "nested": {1: {"a": [{"b": ()}]}, None: [], False: {}, "": [[]]},
     "long": [list(range(3000)), {str(n): n for n in range(3000)}],
 }
 
@@ -375,12 +420,17 @@ def test_a_file_that_may_not_be_read_is_named(refusal, monkeypatch):
 ARCHIVES = {
     "TorchScript": ({"constants__pkl": b""}, "is a TorchScript program"),
     "TorchScript's code": ({"code/__torch__": b""}, "is a TorchScript program"),
+    # As torch.jit.save writes it: its code is compressed.
+    "TorchScript, compressed": (
+        {"code/__torch__": b"", "compression": zipfile.ZIP_DEFLATED},
+        "is a TorchScript program",
+    ),
     "big-endian": ({"byteorder": b"big"}, "byte order b'big': only little is read"),
     "compressed": ({"compression": zipfile.ZIP_DEFLATED}, "is compressed"),
     "another storage": ({"program": pickled(tensor(key="1"))}, "no item named 'archive/data/1'"),
     "a number": ({"program": pickled(3)}, "holds a int, not a state dict"),
-    "nothing known": ({"program": pickled({"epoch": 3})}, "at its top are epoch"),
-    "nothing": ({"program": pickled({})}, "at its top are no entries"),
+    "nothing known": ({"program": pickled({"epoch": 3})}, "or torchvision, but epoch"),
+    "nothing": ({"program": pickled({})}, "or torchvision, but nothing"),
 }
 
 
@@ -628,7 +678,7 @@ def test_a_refused_object_comes_with_a_way_out(refusal, tmp_path):
     program = pickled(b"}", "hyper_parameters", b"comegaconf.dictconfig\nDictConfig\n", b"s")
     line = refusal(import_torch, write_archive(tmp_path / "model.ckpt", program))
     assert "model.ckpt holds omegaconf.dictconfig.DictConfig, which is neither" in line
-    assert "torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pth')" in line
+    assert "torch.save(model.state_dict(), 'weights.pth')" in line
 
 
 def test_nothing_small_takes_long_or_much(refusal, tmp_path):

@@ -33,7 +33,7 @@ _SAFETENSORS_DTYPES = {
 }
 # A pickle of the number that files of torch.save before 1.6 begin with, after its protocol.
 _LEGACY_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
-_SAVE_WEIGHTS = "torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pth')"
+_SAVE_WEIGHTS = "torch.save(model.state_dict(), 'weights.pth')"
 
 
 def shown(text: str, length: int = 120) -> str:
@@ -53,8 +53,9 @@ def read_file(path: str | os.PathLike[str]) -> tuple[Any, str]:
       CheckpointError: if it is neither, is damaged, or holds anything but tensors and plain
         containers. Nothing of it was run.
     """
-    path = pathlib.Path(path).expanduser()
+    path = pathlib.Path(path)
     try:
+        path = path.expanduser()
         if not path.exists():
             raise CheckpointError(f"{path} does not exist")
         if not path.is_file():
@@ -69,11 +70,13 @@ def read_file(path: str | os.PathLike[str]) -> tuple[Any, str]:
     except Refused as error:
         raise CheckpointError(
             f"{path} holds {shown(str(error))}, which is neither a tensor nor a plain container: "
-            "nothing was run; where PyTorch is installed and the file is trusted, "
-            f"{_SAVE_WEIGHTS} keeps its weights alone"
+            "nothing was run; where PyTorch is installed and the file is trusted, load it and save "
+            f"its weights alone: {_SAVE_WEIGHTS}"
         ) from error
     except Exception as error:  # zipfile, pickletools, safetensors and numpy raise their own kinds
         reason = shown(" ".join(str(error).split())) or "no message"
+        if reason.startswith("Bad CRC-32"):
+            reason += "; torch.serialization.set_crc32_options(False) leaves out what is checked"
         raise CheckpointError(
             f"{path} cannot be read: it is cut off or damaged ({type(error).__name__}: {reason})"
         ) from error
@@ -119,6 +122,11 @@ def _read_safetensors(path: pathlib.Path, file: BinaryIO) -> dict[str, np.ndarra
 def _read_zip(path: pathlib.Path, file: BinaryIO, size: int) -> Any:
     with zipfile.ZipFile(file) as archive:
         members = {member.filename: member for member in archive.infolist()}
+        if any(re.match(r"[^/]+/(code/|constants\.pkl$)", name) for name in members):
+            raise CheckpointError(
+                f"{path} is a TorchScript program, not weights: "
+                "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth') keeps its weights"
+            )
         if len(members) != len(archive.infolist()):
             raise ValueError("two members of one name")
         # Stored as they are, as torch.save does, members cannot be larger than the file.
@@ -132,11 +140,6 @@ def _read_zip(path: pathlib.Path, file: BinaryIO, size: int) -> Any:
         if len(pickles) != 1:
             raise CheckpointError(f"{path} is a zip archive, but not one of torch.save")
         folder = pickles[0].removesuffix("data.pkl")
-        if any(name.startswith((f"{folder}code/", f"{folder}constants.pkl")) for name in members):
-            raise CheckpointError(
-                f"{path} is a TorchScript program, not weights: "
-                "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth') keeps its weights"
-            )
         order = f"{folder}byteorder"
         if order in members and (found := archive.read(order)) != b"little":
             raise CheckpointError(

@@ -6,7 +6,6 @@ of basic blocks (ResNet-18, -34, and narrower or shorter ones).
 
 import dataclasses
 import functools
-import math
 import os
 import pathlib
 import re
@@ -37,6 +36,8 @@ SOLO_LEARN_STD = (0.2470, 0.2435, 0.2616)
 
 # Where a checkpoint keeps the model's tensors; the file itself comes first.
 _CONTAINERS = ("model_state_dict", "state_dict", "model")
+# ResNet-152, the largest of the paper, has 50.
+_MOST_BLOCKS = 100
 # Put before every name by DistributedDataParallel and by torch.compile.
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 
@@ -171,7 +172,7 @@ def import_torch(
         containers, or its tensors are not those of a known model; names them.
       ConfigError: if an argument is out of range.
     """
-    path = pathlib.Path(path).expanduser()
+    path = pathlib.Path(path)
     content, digest = read_file(path)
     tensors = _find_tensors(path, content)
     encoder = _infer_encoder(path, tensors, stem_padding)
@@ -192,7 +193,14 @@ def import_torch(
             f"{path} has the names of a ResNet of {tensors.source.name} but is none that is known: "
             f"{'; '.join(problems)}"
         )
+    # Views of one storage are legal, but a thousand names for one tensor would fill the memory.
+    if sum(tensors.known[name].nbytes for name in wanted) > 2 * path.expanduser().stat().st_size:
+        raise CheckpointError(f"{path} has more weights than bytes: its tensors share them")
     found = {name: _to_float32(tensors.known[name]) for name in wanted}
+    for name, array in found.items():
+        if not np.isfinite(array).all() or (name.endswith("running_var") and array.min() < 0):
+            wrong = "negative" if np.isfinite(array).all() else "not finite in float32"
+            raise CheckpointError(f"{path}: {shown(tensors.own_name(name))} is {wrong}")
     is_small = encoder.stem_kernel == 3
     return TorchModel(
         source=tensors.source.name,
@@ -228,10 +236,12 @@ def _find_tensors(path: pathlib.Path, content: Any) -> _Tensors:
                 state = {name: place[own] for name, own in names.items()}
                 own = {name: str(own) for name, own in names.items()}
                 return _sort_out(source, wrapper, state, own, content)
-    tops = [shown(str(name), 40) for name in content]
+    places = [content, *(content.get(name) for name in _CONTAINERS)]
+    innermost = [place for place in places if type(place) is dict][-1]
+    names = [shown(str(name), 60) for name in innermost]
     raise CheckpointError(
-        f"{path} holds no ResNet with the names of eb_jepa, solo-learn or torchvision; at its top "
-        f"are {_first_five(tops) or 'no entries'}"
+        f"{path} holds no ResNet with the names of eb_jepa, solo-learn or torchvision, but "
+        f"{_first_five(names) or 'nothing'}"
     )
 
 
@@ -256,6 +266,8 @@ def _sort_out(
             rest = _WRAPPERS.sub("", str(name)).removeprefix("classifier.")
             if rest in ("weight", "bias") and type(array) is np.ndarray:
                 known[f"probe.{rest}"], own_names[f"probe.{rest}"] = array, str(name)
+            else:
+                others.append(f"linear_probe_state_dict.{name}")
     return _Tensors(source, wrapper, known, own_names, tuple(others))
 
 
@@ -281,15 +293,25 @@ def _infer_encoder(path: pathlib.Path, tensors: _Tensors, stem_padding: int | No
     for name in tensors.known:
         if match := re.match(r"encoder\.layer([1-9])\.(\d+)\.", name):
             blocks.setdefault(int(match[1]), set()).add(match[2])
+    counts = {stage: len(numbers) for stage, numbers in blocks.items()}
+    # Before a network of that many blocks is traced.
+    if sum(counts.values()) > _MOST_BLOCKS or any(
+        numbers != set(map(str, range(counts[stage]))) for stage, numbers in blocks.items()
+    ):
+        raise CheckpointError(
+            f"{path} has blocks that no ResNet has: in each layer they are numbered from 0, and "
+            f"there are at most {_MOST_BLOCKS}"
+        )
     is_small = shape[2] == 3
     legal = (1, 2) if is_small else (3,)
-    if stem_padding is not None and stem_padding not in legal:
+    is_legal = type(stem_padding) is int and stem_padding in legal
+    if stem_padding is not None and not is_legal:
         raise ConfigError(
             f"stem_padding must be {' or '.join(map(str, legal))} for the {shape[2]}x{shape[2]} "
             f"stem of {path}, got {stem_padding!r}"
         )
     return ResNet(
-        stage_sizes=tuple(len(blocks[stage]) for stage in sorted(blocks)) or (1,),
+        stage_sizes=tuple(counts[stage] for stage in sorted(counts)) or (1,),
         width=shape[0],
         stem_kernel=shape[2],
         stem_stride=1 if is_small else 2,
@@ -348,7 +370,8 @@ def _differences(tensors: _Tensors, wanted: Mapping[str, tuple[int, ...]]) -> li
             misshapen.append(f"{own} is {array.dtype.name}, wanted a floating-point type")
     phrases = []
     if missing:
-        phrases.append(f"missing {_first_five([tensors.own_name(name) for name in missing])}")
+        names = [shown(tensors.own_name(name)) for name in missing]
+        phrases.append(f"missing {_first_five(names)}")
     if unknown or others:
         names = [shown(name) for name in (*map(tensors.own_name, unknown), *others)]
         phrases.append(f"unknown {_first_five(names)}")
@@ -383,9 +406,12 @@ def _channels(
 ) -> tuple[float, ...]:
     if values is None:
         return default
-    numbers = tuple(float(value) for value in values)
-    is_legal = len(numbers) == 3 and all(math.isfinite(number) for number in numbers)
-    if not is_legal or (name == "std" and min(numbers) <= 0):
-        rule = "three numbers above 0" if name == "std" else "three numbers"
-        raise ConfigError(f"{name} must be {rule}, got {tuple(values)}")
+    rule = "three numbers above 0 and at most 1" if name == "std" else "three numbers in [0, 1]"
+    try:
+        numbers = tuple(float(value) for value in values)
+        is_legal = len(numbers) == 3 and all(0 <= number <= 1 for number in numbers)
+    except (TypeError, ValueError, OverflowError):
+        numbers, is_legal = (), False
+    if not is_legal or (name == "std" and min(numbers) == 0):
+        raise ConfigError(f"{name} must be {rule}, got {values}")
     return numbers

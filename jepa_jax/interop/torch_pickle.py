@@ -33,7 +33,7 @@ _PARAMETER = "torch._utils _rebuild_parameter"
 _SIZE = "torch Size"
 _KNOWN = {*_STORAGE_DTYPES, _ORDERED_DICT, _TENSOR, _PARAMETER, _SIZE}
 
-_KEY_TYPES = (str, int, float, bool, bytes, type(None))
+_KEY_TYPES = (str, int, bool, type(None))
 
 ReadStorage = Callable[[str], bytes]
 
@@ -166,9 +166,10 @@ class _Machine:
         if type(target) is not dict:
             raise ValueError("items for what is no dictionary")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # Not tuples: the hash of ones nested in each other may take for ever.
-            if type(key) not in _KEY_TYPES:
-                raise ValueError(f"a dictionary key of type {type(key).__name__}")
+            # Not tuples: the hash of ones nested in each other may take for ever. Not huge
+            # numbers: multiples of 2**61 - 1 have one hash, and a dictionary of them is a list.
+            if type(key) not in _KEY_TYPES or (type(key) is int and abs(key) >= 2**31):
+                raise ValueError(f"a dictionary key of type {type(key).__name__}, or too large")
             target[key] = value
 
     def _storage(self, persistent_id: Any) -> _Storage:
