@@ -19,15 +19,14 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from jepa_jax import checkpoint
-from jepa_jax.config import create_encoder
+from jepa_jax.config import SCHEMA_VERSION, create_encoder
 from jepa_jax.errors import CheckpointError, Interrupted
 from jepa_jax.interop import TorchModel, encoder_tensors, projector_tensors, serialize_encoder
 from jepa_jax.metrics import read_json, write_json
 from jepa_jax.models import Encoder, ModelFns
 from jepa_jax.signals import stop_on_signals
 
-# Of config.json, as a run writes it; and of an export's card.json.
-CONFIG_SCHEMA_VERSION = 1
+# Of an export's card.json.
 CARD_SCHEMA_VERSION = 1
 
 
@@ -121,7 +120,7 @@ def save_import(model: TorchModel, folder: str | os.PathLike[str]) -> None:
             "stem_padding": model.stem_padding,
             "ignored": list(model.ignored),
         },
-        "schema_version": CONFIG_SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSION,
     }
     with _new_folder(folder) as partial:
         checkpoint.save_tree(partial / "encoder", model.variables)

@@ -74,7 +74,7 @@ class Checkpoints:
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
                 progress=ocp.args.JsonSave(dict(progress)),
-                shapes=ocp.args.JsonSave(_shapes(state)),
+                shapes=ocp.args.JsonSave(shapes_of(state)),
             ),
             metrics={_SELECTED_BY: metrics.get(_SELECTED_BY, _UNMEASURED)},
         )
@@ -91,7 +91,7 @@ class Checkpoints:
         """
         try:
             args = ocp.args.Composite(shapes=ocp.args.JsonRestore())
-            _check_shapes(self._manager.restore(step, args=args).shapes, template)
+            check_shapes(self._manager.restore(step, args=args).shapes, template)
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -120,7 +120,8 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {first[:200]}"
 
 
-def _shapes(tree: Any) -> dict[str, list[int]]:
+def shapes_of(tree: Any) -> dict[str, list[int]]:
+    """Slash-separated names of a pytree's arrays to their shapes."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape)
@@ -128,13 +129,13 @@ def _shapes(tree: Any) -> dict[str, list[int]]:
     }
 
 
-def _check_shapes(stored: Mapping[str, list[int]], template: Any) -> None:
+def check_shapes(stored: Mapping[str, list[int]], template: Any) -> None:
     """ValueError unless the stored arrays have the template's names and shapes.
 
     Before any of them is read: orbax would stop at the first mismatch with other reads under way,
     and their end would print tracebacks.
     """
-    wanted = _shapes(template)
+    wanted = shapes_of(template)
     for name in sorted({*stored, *wanted}):
         found, expected = stored.get(name, "absent"), wanted.get(name, "absent")
         if found != expected:
@@ -185,7 +186,4 @@ def load_tree(folder: pathlib.Path) -> Any:
             )
             return checkpointer.restore(folder.absolute(), template)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
-        raise CheckpointError(
-            f"{folder} cannot be read ({type(error).__name__}: {reason})"
-        ) from error
+        raise CheckpointError(f"{folder} cannot be read ({_reason(error)})") from error

@@ -20,6 +20,8 @@ from jepa_jax.models import Encoder, ImageJEPA, ModelFns, Projector, ResNet, lin
 from jepa_jax.optim import OPTIMIZERS
 from jepa_jax.train_step import HParams
 
+# Of config.json and summary.json.
+SCHEMA_VERSION = 1
 _DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 

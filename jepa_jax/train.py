@@ -27,9 +27,11 @@ from ml_collections import ConfigDict
 from jepa_jax import checkpoint, device
 from jepa_jax.augment import two_views
 from jepa_jax.config import (
+    SCHEMA_VERSION,
     changed_keys,
     compute_dtype,
     create_encoder,
+    flatten,
     hparams_from,
     validate,
 )
@@ -60,7 +62,6 @@ from jepa_jax.train_step import (
     vicreg,
 )
 
-SCHEMA_VERSION = 1
 # Enough clean images for BatchNorm's moments and a stem's eigenvectors, cheap on any machine.
 _NUM_CLEAN_IMAGES = 2000
 # Steps of one scanned program, and images in it: long enough to hide the dispatch, short enough
@@ -273,19 +274,10 @@ def _with_parameters_of(plan: _Plan, state: TrainState) -> TrainState:
         say(f"{'init':<10}{workdir} has no projector: a new one is trained")
         given = {kind: {**wanted[kind], **tree} for kind, tree in given.items()}
 
-    def shapes(tree):
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        named = {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in leaves}
-        return dict(sorted(named.items(), reverse=True))  # parameters before statistics
-
-    there, here = shapes(given), shapes(wanted)
-    for name in {**there, **here}:
-        found, expected = there.get(name, "absent"), here.get(name, "absent")
-        if found != expected:
-            raise CheckpointError(
-                f"--init_from={workdir} holds another model: {name} is {found} there and "
-                f"{expected} here"
-            )
+    try:
+        checkpoint.check_shapes(checkpoint.shapes_of(given), wanted)
+    except ValueError as error:
+        raise CheckpointError(f"--init_from={workdir} holds another model: {error}") from error
     _check_same_network(plan, workdir)
     given = jax.tree.map(jnp.asarray, given)
     return dataclasses.replace(state, **given)
@@ -296,16 +288,17 @@ def _check_same_network(plan: _Plan, workdir: pathlib.Path) -> None:
     path = workdir / "config.json"
     if "encoder" in plan.custom or not path.exists():
         return
-    changed = changed_keys(read_json(path)["config"], json.loads(plan.config.to_json()))
-    changed = {line.split(":")[0]: line for line in changed if " None" not in line}
-    if lines := [changed[name] for name in _WITHOUT_SHAPE if name in changed]:
-        raise CheckpointError(
-            f"--init_from={workdir} holds another model ({'; '.join(lines)}): give the config "
-            "its values"
-        )
-    for name in ("data.mean", "data.std"):
-        if name in changed:
-            say(f"{'note':<10}the images are normalised otherwise than there: {changed[name]}")
+    stored = flatten(read_json(path).get("config", {}))
+    own = flatten(json.loads(plan.config.to_json()))
+    differing = {
+        name: f"{name} was {stored[name]} there and is {own[name]} here"
+        for name in (*_WITHOUT_SHAPE, "data.mean", "data.std")
+        if name in stored and stored[name] != own[name]
+    }
+    if lines := [differing[name] for name in _WITHOUT_SHAPE if name in differing]:
+        raise CheckpointError(f"--init_from={workdir} holds another model: {'; '.join(lines)}")
+    for line in differing.values():
+        say(f"{'note':<10}{line}: the images are normalised otherwise")
 
 
 # --- steps ------------------------------------------------------------------------------------
