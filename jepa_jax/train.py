@@ -275,7 +275,8 @@ def _with_parameters_of(plan: _Plan, state: TrainState) -> TrainState:
         given = {kind: {**wanted[kind], **tree} for kind, tree in given.items()}
 
     try:
-        checkpoint.check_shapes(checkpoint.shapes_of(given), wanted)
+        for kind in ("params", "batch_stats"):
+            checkpoint.check_shapes(checkpoint.shapes_of({kind: given[kind]}), {kind: wanted[kind]})
     except ValueError as error:
         raise CheckpointError(f"--init_from={workdir} holds another model: {error}") from error
     _check_same_network(plan, workdir)

@@ -328,7 +328,7 @@ def test_training_keeps_its_projector_where_the_import_has_none(start, imported)
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({}, r"projector/BatchNorm_0/mean is \[6\], expected \[8\]"),
+        ({}, r"params/projector/BatchNorm_0/bias is \[6\], expected \[8\]"),
         (PROJECTOR, "model.stem_stride was 1 there and is 2 here; model.stem_padding was 2 there"),
         ({**PROJECTOR, "model.stem_stride": 1}, "model.stem_padding was 2 there and is 1 here"),
     ],
