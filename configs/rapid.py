@@ -73,5 +73,6 @@ def get_config() -> ConfigDict:
     config.logging.log_tensorboard = False  # new
     config.logging.log_every = 5  # epochs between lines on the screen; metrics.jsonl has them all
     config.logging.save_every = 50  # epochs between checkpoints; a stop by a signal saves too
+    config.logging.stop_on_collapse = False  # new; a collapse is named in any case
     config.logging.tqdm_silent = False
     return config

@@ -96,6 +96,7 @@ _KEYS = {
     "logging.log_tensorboard": _FLAG,
     "logging.log_every": _at_least(1),
     "logging.save_every": _at_least(1),
+    "logging.stop_on_collapse": _FLAG,
     "logging.tqdm_silent": _FLAG,
 }
 

@@ -84,10 +84,7 @@ class MetricsWriter:
 
     def write(self, row: Row) -> None:
         """Appends one row; it needs a `step`. Numbers that are not finite are written as null."""
-        row = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in row.items()
-        }
+        row = {key: _finite(value) for key, value in row.items()}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
@@ -104,6 +101,12 @@ class MetricsWriter:
             self._wandb.finish()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _start_wandb(workdir: pathlib.Path, run_id: str, config: Mapping[str, Any]) -> Any:

@@ -1,9 +1,10 @@
 """What a person sees of a run: a bar on a terminal, plain lines elsewhere."""
 
+import contextlib
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tqdm
@@ -137,3 +138,24 @@ class Stopwatch:
         """The total so far."""
         running = time.perf_counter() - self._start if self._start is not None else 0.0
         return self._total + running
+
+
+class Phases:
+    """Seconds by the name of what they were spent on, those of earlier processes included."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Counts the block's seconds."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add({name: time.perf_counter() - began})
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Counts seconds measured elsewhere."""
+        for name, value in seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + value

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 import jepa_jax
-from jepa_jax import checkpoint, device, runner, train
+from jepa_jax import checkpoint, device, plan, runner, train
 from jepa_jax.data import from_arrays
 from jepa_jax.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from jepa_jax.metrics import read_metrics
 from jepa_jax.models import linen_model
 from jepa_jax.representation import split_validation
+from jepa_jax.train_step import vicreg
 
 STEPS_PER_EPOCH = 4
 
@@ -105,6 +106,41 @@ def test_a_run_leaves_its_numbers(whole_runs, tiny_config):
     assert rows[0]["train/loss"] == pytest.approx(loss, rel=1e-5)
 
 
+def test_a_run_leaves_what_its_watch_saw_and_where_the_time_went(whole_runs):
+    _, workdir = whole_runs[1]
+    for row in read_metrics(workdir / "metrics.jsonl"):
+        for name in ("h", "z"):
+            assert 1 <= row[f"watch/{name}_rank_me"] <= 8.001
+            assert 0 < row[f"watch/{name}_std_min"] <= row[f"watch/{name}_std_mean"]
+            assert len(row[f"watch/{name}_spectrum"]) == 8
+        for term in ("invariance_loss", "var_loss", "cov_loss"):
+            assert row[f"watch/grad_norm/{term}"] > 0
+        assert row["watch/collapse"] is None
+    summary = summary_of(workdir)
+    assert summary["collapse"] is None
+    assert sum(summary["seconds"].values()) == pytest.approx(summary["total_seconds"], abs=0.1)
+    assert summary["seconds"]["training"] == pytest.approx(summary["train_seconds"], abs=0.1)
+
+
+def test_the_seconds_of_a_resumed_run_include_those_before(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        signal_after(patch, 6)
+        with pytest.raises(Interrupted):
+            run()
+    _, workdir = run()
+    summary = summary_of(workdir)
+    assert summary["seconds"]["training"] == pytest.approx(summary["train_seconds"], abs=0.1)
+
+
+def test_the_header_says_how_the_loss_is_balanced(run, capsys):
+    run(overrides={"loss.cov_coeff": 0.28})
+    assert "balance 1 : 1 : 0.04 (the paper's is 1 : 1 : 0.04)" in capsys.readouterr().out
+    run("rapid", overrides={"loss.std_coeff": 25.0, "loss.cov_coeff": 0.001})
+    printed = capsys.readouterr().out
+    assert "variance is 25 times too strong and covariance is 280 times too weak" in printed
+    assert "--config.loss.std_coeff=1 --config.loss.cov_coeff=0.28" in printed
+
+
 @pytest.mark.parametrize("step", [4, 6])
 def test_an_interrupted_run_ends_in_the_same_bits(run, whole_runs, monkeypatch, step, scan_steps):
     """Stopped at an epoch's end (4) or in its middle (6)."""
@@ -170,7 +206,7 @@ def test_a_finished_run_is_not_trained_again(run, monkeypatch):
 
 def test_an_evaluation_cut_short_is_done_on_the_next_call(run, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate_ridge", lambda *args, **options: 1 / 0)
+        patch.setattr(train, "evaluate_representation", lambda *args, **options: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run()
     _, workdir = run()
@@ -227,7 +263,7 @@ def test_init_from_starts_from_another_runs_parameters(run, whole_runs, monkeypa
 def test_a_loss_that_diverges_names_step_and_term(run):
     def explodes(key, z1, z2, hparams):
         bad = jnp.where(jnp.mean(z1) > -jnp.inf, jnp.nan, 0.0)
-        loss, terms = train.vicreg(key, z1, z2, hparams)
+        loss, terms = vicreg(key, z1, z2, hparams)
         return loss + bad, {**terms, "extra_loss": bad}
 
     with pytest.raises(TrainingError, match="extra_loss became nan at step 0"):
@@ -392,13 +428,13 @@ def test_validation_labels_never_reach_training(run, monkeypatch, small_cifar):
 
 def test_the_loaded_encoder_gives_what_the_probe_saw(run, cifar_arrays, small_cifar, monkeypatch):
     seen = []
-    original = train.evaluate_ridge
+    original = train.evaluate_representation
     monkeypatch.setattr(
         train,
-        "evaluate_ridge",
-        lambda encoder, variables, *args, **options: (
+        "evaluate_representation",
+        lambda apply, variables, *args, **options: (
             seen.append(variables),
-            original(encoder, variables, *args, **options),
+            original(apply, variables, *args, **options),
         )[1],
     )
     _, workdir = run()
@@ -414,13 +450,18 @@ def test_the_loaded_encoder_gives_what_the_probe_saw(run, cifar_arrays, small_ci
 
 def test_the_whitening_stem_is_part_of_the_untrained_network(run, monkeypatch):
     plans = []
-    original = train._initial_state
+    original = train.initial_state
     monkeypatch.setattr(
-        train, "_initial_state", lambda plan: (plans.append(plan), original(plan))[1]
+        train, "initial_state", lambda plan: (plans.append(plan), original(plan))[1]
     )
     run()
-    kernel = original(plans[0]).params["encoder"]["stem_conv"]["kernel"]
+    state = original(plans[0])
+    kernel = state.params["encoder"]["stem_conv"]["kernel"]
     np.testing.assert_allclose(kernel[..., :2], -kernel[..., 2:], rtol=1e-6)
+    # What a later evaluation takes for untrained, without a plan.
+    config, images = plans[0].config, plans[0].dataset.train_images
+    again = plan.untrained_variables(plans[0].encoder, config, images)
+    jax.tree.map(np.testing.assert_array_equal, again["params"], state.params)
 
 
 def test_one_compilation_per_run(run, monkeypatch):

@@ -1,0 +1,334 @@
+"""All that is fixed before a run's first step: data, model, numbers, and the state it starts from.
+
+That state is fresh, the one of the last checkpoint, or fresh with another run's parameters.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import pathlib
+import platform
+import uuid
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from jepa_jax import checkpoint, device
+from jepa_jax.augment import two_views
+from jepa_jax.config import SCHEMA_VERSION, changed_keys, create_encoder, flatten, hparams_from
+from jepa_jax.data import Dataset, Records, choose_placement, load_dataset
+from jepa_jax.errors import CheckpointError, ConfigError
+from jepa_jax.evaluation import has_labels
+from jepa_jax.metrics import read_json, write_json
+from jepa_jax.models import Encoder, patch_whitening_kernel
+from jepa_jax.progress import say
+from jepa_jax.representation import split_validation
+from jepa_jax.train_step import (
+    AugmentFn,
+    HParams,
+    LossFn,
+    TrainState,
+    create_train_state,
+    stream_key,
+    vicreg,
+)
+
+# Enough clean images for BatchNorm's moments and a stem's eigenvectors, cheap on any machine.
+_NUM_CLEAN_IMAGES = 2000
+# Steps of one scanned program, and images in it: long enough to hide the dispatch, short enough
+# for a live bar and a prompt Ctrl-C.
+_SCAN_STEPS, _SCAN_IMAGES = 32, 8192
+# What decides what a network computes and leaves no trace in the shapes of its parameters.
+_WITHOUT_SHAPE = ("model.stem_stride", "model.stem_padding", "model.stem_pool")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is fixed before the first step."""
+
+    config: ConfigDict
+    workdir: pathlib.Path
+    dataset: Dataset
+    encoder: Encoder
+    hparams: HParams
+    steps_per_epoch: int
+    placement: str
+    scan_steps: int
+    augment_fn: AugmentFn
+    loss_fn: LossFn
+    init_from: str
+    custom: dict[str, str]
+
+    @property
+    def num_epochs(self) -> int:
+        return self.config.optim.epochs
+
+    @property
+    def num_steps(self) -> int:
+        return self.num_epochs * self.steps_per_epoch
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """sim_coeff, std_coeff and cov_coeff."""
+        loss = self.config.loss
+        return {name: loss[name] for name in ("sim_coeff", "std_coeff", "cov_coeff")}
+
+    @functools.cached_property
+    def embedding_dim(self) -> int:
+        """D of the embedding that the loss sees."""
+        images = jnp.zeros((2, *self.dataset.image_shape), jnp.float32)
+
+        def embed(key):
+            return self.encoder.model.apply(self.encoder.model.init(key, images), images, False)[0]
+
+        return jax.eval_shape(embed, stream_key(self.hparams.seed, "init"))[1].shape[-1]
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether there is something to fit a probe to and something to choose on."""
+        return has_labels(self.dataset, *split_validation(self.dataset, self.config.data.num_val))
+
+
+def _name_of(thing: Any) -> str:
+    kind = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _check_sizes(config: ConfigDict, dataset: Dataset) -> None:
+    num_train, batch_size = len(dataset.train_images), config.data.batch_size
+    if batch_size > num_train:
+        raise ConfigError(
+            f"config.data.batch_size ({batch_size}) is larger than the {num_train} training images "
+            f"of {dataset.name}"
+        )
+    if dataset.train_labels is not None and config.data.num_val >= num_train:
+        raise ConfigError(
+            f"config.data.num_val ({config.data.num_val}) leaves none of the {num_train} training "
+            f"images of {dataset.name} to the probes"
+        )
+
+
+def _load(config: ConfigDict) -> Dataset:
+    """The config's dataset, read into memory only if it will lie on the device."""
+    load = functools.partial(
+        load_dataset,
+        config.data.dataset,
+        data_dir=config.data.data_dir,
+        num_workers=config.data.num_workers,
+    )
+    if config.data.placement == "device":
+        return load()
+    records = load(lazy=True)
+    placement = choose_placement(config.data.placement, records.train_images.nbytes)
+    return load() if placement == "device" else records
+
+
+def make_plan(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from) -> Plan:
+    """What `train_and_evaluate` was called with, checked against the data and filled in.
+
+    Raises:
+      ConfigError: for sizes that do not go together.
+      DataError: for a dataset that cannot be read.
+    """
+    if dataset is None:
+        dataset = _load(config)
+    _check_sizes(config, dataset)
+    placement = choose_placement(config.data.placement, dataset.train_images.nbytes)
+    scan_steps = config.training.scan_steps
+    if placement == "stream":
+        if scan_steps > 1:
+            raise ConfigError("config.training.scan_steps > 1 needs config.data.placement=device")
+        scan_steps = 1
+    elif not scan_steps:
+        # On the CPU a convolution inside a scan takes a path some 60 times slower.
+        scan_steps = 1
+        if jax.default_backend() != "cpu":
+            scan_steps = max(1, min(_SCAN_STEPS, _SCAN_IMAGES // config.data.batch_size))
+    steps_per_epoch = len(dataset.train_images) // config.data.batch_size
+    given = {"loss_fn": loss_fn, "encoder": encoder, "augment_fn": augment_fn}
+    return Plan(
+        config=config,
+        workdir=workdir,
+        dataset=dataset,
+        encoder=create_encoder(config, encoder),
+        hparams=jax.device_put(hparams_from(config, steps_per_epoch)),
+        steps_per_epoch=steps_per_epoch,
+        placement=placement,
+        scan_steps=scan_steps,
+        augment_fn=augment_fn or two_views,
+        loss_fn=loss_fn or vicreg,
+        init_from=init_from or "",
+        custom={name: _name_of(thing) for name, thing in given.items() if thing is not None},
+    )
+
+
+def initial_state(plan: Plan) -> TrainState:
+    """The untrained state: a function of the seed and, for a whitening stem, of the images."""
+    create = functools.partial(
+        create_train_state,
+        plan.encoder.model,
+        image_shape=plan.dataset.image_shape,
+        num_classes=plan.dataset.num_classes if plan.has_labels else 0,
+        optimizer=plan.config.optim.name,
+    )
+    state = jax.jit(create)(plan.hparams)
+    if plan.config.model.stem_init == "whitening" and "encoder" not in plan.custom:
+        _whiten_stem(plan.encoder, state.params, clean_images(plan.dataset.train_images))
+    return state
+
+
+def untrained_variables(encoder: Encoder, config: ConfigDict, images: np.ndarray | Records) -> Any:
+    """The variables that `initial_state` starts a run of this config from.
+
+    Args:
+      encoder: of `create_encoder(config)`.
+      config: of a run; without a seed or a kind of stem, as imported weights have it, those of
+        seed 0 and a random stem.
+      images: the run's training images, uint8 [N, H, W, C].
+    """
+    seed = config.meta.seed if "meta" in config else 0
+    shape = (2, *images.shape[1:])
+    key = stream_key(jax.device_put(np.uint32(seed)), "init")
+    variables = jax.jit(lambda key: encoder.model.init(key, jnp.zeros(shape, jnp.float32)))(key)
+    if config.model.get("stem_init") == "whitening":
+        _whiten_stem(encoder, variables["params"], clean_images(images))
+    return variables
+
+
+def _whiten_stem(encoder: Encoder, params: Any, images: np.ndarray) -> None:
+    stem = params["encoder"]["stem_conv"]
+    stem["kernel"] = patch_whitening_kernel(
+        encoder.normalize(jnp.asarray(images)),
+        stem["kernel"].shape[-1],
+        patch_size=stem["kernel"].shape[0],
+    )
+
+
+def clean_images(images: np.ndarray | Records) -> np.ndarray:
+    """Up to 2,000 training images at even distances: a dataset may be sorted by class."""
+    stride = max(1, len(images) // _NUM_CLEAN_IMAGES)
+    return np.asarray(images[::stride][:_NUM_CLEAN_IMAGES])
+
+
+def training_labels(plan: Plan) -> np.ndarray:
+    """Labels for the online probe: -1, no label, for the images held out for validation."""
+    num_train = len(plan.dataset.train_images)
+    if not plan.has_labels:
+        return np.full(num_train, -1, np.int32)
+    labels = np.array(plan.dataset.train_labels, np.int32)
+    _, val = split_validation(plan.dataset, plan.config.data.num_val)
+    labels[val] = -1
+    return labels
+
+
+# --- resume -----------------------------------------------------------------------------------
+
+
+def new_progress() -> dict[str, Any]:
+    """What the host counts, of a run that has not begun; stored with every checkpoint."""
+    return {
+        "epoch": 0,
+        "sums": {},
+        "count": 0,
+        "best_val_acc": -1.0,
+        "best_epoch": 0,
+        "epoch_began": 0.0,
+        "train_seconds": 0.0,
+        "total_seconds": 0.0,
+        "phases": {},
+        "collapse": None,
+        "run_id": uuid.uuid4().hex[:12],
+    }
+
+
+def claim_workdir(plan: Plan, has_checkpoint: bool) -> None:
+    """Stores what the run is, or checks that the run whose checkpoint is there is this one."""
+    path = plan.workdir / "config.json"
+    identity = {
+        "config": json.loads(plan.config.to_json()),
+        "dataset": {
+            "name": plan.dataset.name,
+            "num_train": len(plan.dataset.train_images),
+            "image_shape": list(plan.dataset.image_shape),
+        },
+        "custom": plan.custom,
+        "init_from": plan.init_from,
+    }
+    if has_checkpoint:
+        stored = read_json(path)
+        changed = changed_keys(
+            {**stored["config"], **{k: stored[k] for k in identity if k != "config"}},
+            {**identity["config"], **{k: identity[k] for k in identity if k != "config"}},
+        )
+        if changed:
+            raise CheckpointError(
+                f"{plan.workdir} holds a run of another config ({'; '.join(changed)}): give "
+                f"another --workdir, and --init_from={plan.workdir} to start from its parameters"
+            )
+        return
+    # Of an earlier run, whose checkpoints somebody deleted.
+    (plan.workdir / "summary.json").unlink(missing_ok=True)
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    environment = {
+        "python": platform.python_version(),
+        **versions,
+        "device": device.describe(),
+    }
+    write_json(path, {**identity, "schema_version": SCHEMA_VERSION, "environment": environment})
+
+
+def starting_state(plan: Plan, checkpoints: checkpoint.Checkpoints, state: TrainState):
+    """(state, progress): from the latest checkpoint, from another run's parameters, or fresh."""
+    step = checkpoints.latest_step()
+    if step is not None:
+        state, stored = checkpoints.restore(step, state)
+        return state, {**new_progress(), **stored}
+    if plan.init_from:
+        state = _with_parameters_of(plan, state)
+    return state, new_progress()
+
+
+def _with_parameters_of(plan: Plan, state: TrainState) -> TrainState:
+    """The state with the parameters and statistics in `plan.init_from`.
+
+    An encoder that was imported without a projector is trained under the fresh one.
+    """
+    workdir = pathlib.Path(plan.init_from).expanduser()
+    stored = checkpoint.load_latest(workdir)
+    given = {"params": stored["params"], "batch_stats": stored["batch_stats"] or {}}
+    wanted = {"params": state.params, "batch_stats": state.batch_stats}
+    if "encoder" in given["params"] and "projector" in set(state.params) - set(given["params"]):
+        say(f"{'init':<10}{workdir} has no projector: a new one is trained")
+        given = {kind: {**wanted[kind], **tree} for kind, tree in given.items()}
+
+    try:
+        for kind in ("params", "batch_stats"):
+            checkpoint.check_shapes(checkpoint.shapes_of({kind: given[kind]}), {kind: wanted[kind]})
+    except ValueError as error:
+        raise CheckpointError(f"--init_from={workdir} holds another model: {error}") from error
+    _check_same_network(plan, workdir)
+    given = jax.tree.map(jnp.asarray, given)
+    return dataclasses.replace(state, **given)
+
+
+def _check_same_network(plan: Plan, workdir: pathlib.Path) -> None:
+    """Refuses parameters that fit, but were trained in a network of other strides or padding."""
+    path = workdir / "config.json"
+    if "encoder" in plan.custom or not path.exists():
+        return
+    stored = flatten(read_json(path).get("config", {}))
+    own = flatten(json.loads(plan.config.to_json()))
+    differing = {
+        name: f"{name} was {stored[name]} there and is {own[name]} here"
+        for name in (*_WITHOUT_SHAPE, "data.mean", "data.std")
+        if name in stored and stored[name] != own[name]
+    }
+    if lines := [differing[name] for name in _WITHOUT_SHAPE if name in differing]:
+        raise CheckpointError(f"--init_from={workdir} holds another model: {'; '.join(lines)}")
+    for line in differing.values():
+        say(f"{'note':<10}{line}: the images are normalised otherwise")
