@@ -46,22 +46,26 @@ def load_encoder(
     Raises:
       CheckpointError: if the folder holds no finished run, or it is damaged.
     """
-    workdir, stored = _read_run(workdir)
-    if encoder is None and "encoder" in stored["custom"]:
-        raise CheckpointError(
-            f"{workdir} was trained with an encoder of its own, {stored['custom']['encoder']}: "
-            "pass it as load_encoder(workdir, encoder=...)"
-        )
-    described = _described_encoder(workdir, stored, encoder)
+    workdir, stored = read_run(workdir)
+    described = described_encoder(workdir, stored, encoder)
+    _check_finished(workdir)
     return described, checkpoint.load_tree(workdir / "encoder")
 
 
-def _read_run(workdir: str | os.PathLike[str]) -> tuple[pathlib.Path, dict[str, Any]]:
-    """The folder, and what its config.json says."""
+def _check_finished(workdir: pathlib.Path) -> None:
+    if not (workdir / "encoder").exists():
+        raise CheckpointError(f"{workdir} holds no finished run: encoder is missing")
+
+
+def read_run(workdir: str | os.PathLike[str]) -> tuple[pathlib.Path, dict[str, Any]]:
+    """A run's folder, and what its config.json says.
+
+    Raises:
+      CheckpointError: if it is not the folder of a run, or damaged.
+    """
     workdir = pathlib.Path(workdir).expanduser()
-    for name in ("config.json", "encoder"):
-        if not (workdir / name).exists():
-            raise CheckpointError(f"{workdir} holds no finished run: {name} is missing")
+    if not (workdir / "config.json").exists():
+        raise CheckpointError(f"{workdir} holds no run: config.json is missing")
     stored = read_json(workdir / "config.json")
     sections = ("config", "custom", "dataset")
     if type(stored) is not dict or not all(type(stored.get(s)) is dict for s in sections):
@@ -69,9 +73,20 @@ def _read_run(workdir: str | os.PathLike[str]) -> tuple[pathlib.Path, dict[str, 
     return workdir, stored
 
 
-def _described_encoder(
+def described_encoder(
     workdir: pathlib.Path, stored: dict[str, Any], encoder: nn.Module | ModelFns | None = None
 ) -> Encoder:
+    """The encoder that a run's config.json describes, see `read_run`, without its variables.
+
+    Raises:
+      CheckpointError: if it cannot be described, or the run had an encoder of its own that is not
+        given.
+    """
+    if encoder is None and "encoder" in stored["custom"]:
+        raise CheckpointError(
+            f"{workdir} was trained with an encoder of its own, {stored['custom']['encoder']}: "
+            "pass it in Python as encoder=..."
+        )
     try:
         return create_encoder(ConfigDict(stored["config"]), encoder)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -147,17 +162,18 @@ def export_encoder(workdir: str | os.PathLike[str], folder: str | os.PathLike[st
       CheckpointError: if the run is not finished, is damaged or has an encoder of its own, or if
         the folder is not empty or cannot be written.
     """
-    workdir, stored = _read_run(workdir)
+    workdir, stored = read_run(workdir)
+    _check_finished(workdir)
     if "encoder" in stored["custom"]:
         raise CheckpointError(
             f"{workdir} was trained with an encoder of its own, {stored['custom']['encoder']}: "
             "only the package's ResNet has names in PyTorch"
         )
     variables = checkpoint.load_tree(workdir / "encoder")
-    _described_encoder(workdir, stored)
+    described_encoder(workdir, stored)
     model = {**stored["config"]["model"], "use_projector": False}
     alone = {**stored, "config": {**stored["config"], "model": model}}
-    encoder = _described_encoder(workdir, alone)
+    encoder = described_encoder(workdir, alone)
     image_shape = stored["dataset"]["image_shape"]
     with _new_folder(folder) as partial:
         _save_tensors(partial / "encoder.safetensors", encoder_tensors(variables))

@@ -52,6 +52,10 @@ class Checkpoints:
         """The newest whole checkpoint's step."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """Of every whole checkpoint, in order."""
+        return sorted(self._manager.all_steps())
+
     def best_step(self) -> int | None:
         """The step with the best validation accuracy among those kept."""
         return self._manager.best_step()

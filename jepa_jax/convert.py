@@ -8,14 +8,12 @@ exit.
 
 import argparse
 import collections
-import contextlib
 import pathlib
-import signal
-import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-from jepa_jax.errors import ConfigError, JepaError
+from jepa_jax.command import Parser, errors_as_lines, fail
+from jepa_jax.errors import ConfigError
 
 _DESCRIPTION = """\
 Weights in and out, without PyTorch.
@@ -29,18 +27,6 @@ Weights in and out, without PyTorch.
 """
 
 
-def _fail(message: str, exit_code: int = 2) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(exit_code)
-
-
-class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaint is one line."""
-
-    def error(self, message: str) -> NoReturn:
-        _fail(f"{message}; {self.prog} --help says more")
-
-
 def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
@@ -49,11 +35,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
-        prog="python -m jepa_jax.convert",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m jepa_jax.convert", description=_DESCRIPTION)
     parser.add_argument("src", metavar="SRC", type=pathlib.Path, help="a file or a folder")
     parser.add_argument("dst", metavar="DST", type=pathlib.Path, help="a new folder")
     facts = parser.add_argument_group("what weights do not tell (for a file)")
@@ -177,17 +159,11 @@ def _export(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; `argv` is without the program's name, by default this process's."""
     arguments = _parse(argv)
-    # A name that the terminal cannot show must not end what has been done.
-    with contextlib.suppress(AttributeError):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        (_export if arguments.src.expanduser().is_dir() else _import)(arguments)
-    except JepaError as error:
-        _fail(str(error), error.exit_code)
-    except (OSError, RuntimeError) as error:  # of paths: too long, no such user, ...
-        _fail(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", 128 + signal.SIGINT)
+    with errors_as_lines("interrupted; nothing was written"):
+        try:
+            (_export if arguments.src.expanduser().is_dir() else _import)(arguments)
+        except (OSError, RuntimeError) as error:  # of paths: too long, no such user, ...
+            fail(" ".join(str(error).split()))
 
 
 if __name__ == "__main__":

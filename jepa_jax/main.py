@@ -7,15 +7,14 @@ and a non-zero exit.
 import os
 import pathlib
 import re
-import signal
 import sys
 from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from jepa_jax.command import errors_as_lines, fail
 from jepa_jax.config import known_keys, nearest
-from jepa_jax.errors import JepaError
 
 _CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
@@ -35,11 +34,6 @@ _WORKDIR = flags.DEFINE_string(
 _INIT_FROM = flags.DEFINE_string("init_from", "", "Another run's folder, to start from.")
 
 
-def _fail(message: str, exit_code: int = 2) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(exit_code)
-
-
 def _config_argument(argv: Sequence[str]) -> str:
     for previous, argument in zip(["", *argv], argv, strict=False):
         if argument.startswith(("--config=", "-config=")):
@@ -57,16 +51,16 @@ def _parse(argv: Sequence[str]) -> list[str]:
     path = pathlib.Path(_config_argument(argv).split(":")[0])
     if not path.is_file():
         near = nearest(path.name, [file.name for file in _CONFIGS.glob("*.py")])
-        _fail(f"config file {path} does not exist{near}")
+        fail(f"config file {path} does not exist{near}")
     # A config may build on its neighbours as `from configs import rapid`, wherever we are called.
     sys.path.append(str(path.absolute().parent.parent))
     try:
         rest = flags.FLAGS(list(argv))
         _ = _CONFIG.value
     except Exception as error:  # absl's own, or whatever a person's config file raises
-        _fail(_explain(error, argv, path))
+        fail(_explain(error, argv, path))
     if len(rest) > 1:
-        _fail(f"unexpected argument {rest[1]!r}; overrides look like --config.optim.lr=0.3")
+        fail(f"unexpected argument {rest[1]!r}; overrides look like --config.optim.lr=0.3")
     return rest
 
 
@@ -95,9 +89,8 @@ def _default_workdir(config: ConfigDict, argv: Sequence[str]) -> pathlib.Path:
 
 def _main(argv: Sequence[str]) -> None:
     del argv
-    logging.set_verbosity(logging.ERROR)
     config = _CONFIG.value
-    try:
+    with errors_as_lines("interrupted; the same command goes on from the last checkpoint"):
         from jepa_jax import device
         from jepa_jax.config import validate
         from jepa_jax.train import train_and_evaluate
@@ -106,13 +99,6 @@ def _main(argv: Sequence[str]) -> None:
         device.select(config.meta.device)
         workdir = _WORKDIR.value or _default_workdir(config, sys.argv)
         train_and_evaluate(config, workdir, init_from=_INIT_FROM.value)
-    except JepaError as error:
-        _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail(
-            "interrupted; the same command goes on from the last checkpoint",
-            128 + signal.SIGINT,
-        )
 
 
 if __name__ == "__main__":

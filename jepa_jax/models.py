@@ -243,8 +243,13 @@ class Encoder(NamedTuple):
     @functools.partial(jax.jit, static_argnums=0)
     def apply(self, variables: dict[str, Any], images: jax.Array) -> jax.Array:
         """uint8 or [0, 1] images [B, H, W, 3] to h [B, F], by the running statistics."""
-        (h, _), _ = self.model.apply(variables, self.normalize(images), False)
-        return h.astype(jnp.float32)
+        return self.embed(variables, images)[0]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def embed(self, variables: dict[str, Any], images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The same, and the embeddings z [B, D] that the loss would see."""
+        (h, z), _ = self.model.apply(variables, self.normalize(images), False)
+        return h.astype(jnp.float32), z.astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames=("num_filters", "patch_size"))

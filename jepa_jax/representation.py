@@ -1,4 +1,4 @@
-"""From an encoder and images to features and probe accuracies."""
+"""From an encoder and images to features, on held-out images or not."""
 
 import functools
 from collections.abc import Callable
@@ -10,9 +10,8 @@ import numpy as np
 
 from jepa_jax.data import Dataset
 from jepa_jax.models import Encoder, ModelFns
-from jepa_jax.probes import ridge_probe
 
-_CHUNK = 500
+CHUNK = 500
 
 
 def extract_features(
@@ -29,11 +28,11 @@ def extract_features(
       h [N, F] on the device.
     """
     chunks = []
-    for start in range(0, len(images), _CHUNK):
-        chunk = np.asarray(images[start : start + _CHUNK])
+    for start in range(0, len(images), CHUNK):
+        chunk = np.asarray(images[start : start + CHUNK])
         count = len(chunk)
-        if start and count < _CHUNK:
-            chunk = np.concatenate([chunk, np.repeat(chunk[-1:], _CHUNK - count, axis=0)])
+        if start and count < CHUNK:
+            chunk = np.concatenate([chunk, np.repeat(chunk[-1:], CHUNK - count, axis=0)])
         chunks.append(apply(variables, jax.device_put(chunk))[:count])
     return jnp.concatenate(chunks)
 
@@ -78,7 +77,7 @@ def reestimate_batch_stats(encoder: Encoder, variables: Any, images: Any) -> Any
 
 
 def _full_chunks(count: int) -> list[tuple[int, int]]:
-    size = min(count, _CHUNK)
+    size = min(count, CHUNK)
     return [(start, start + size) for start in range(0, count - size + 1, size)]
 
 
@@ -89,27 +88,3 @@ def split_validation(dataset: Dataset, num_val: int) -> tuple[np.ndarray, np.nda
     """
     order = np.random.default_rng(0).permutation(len(dataset.train_images))
     return np.sort(order[num_val:]), np.sort(order[:num_val])
-
-
-def evaluate_ridge(
-    encoder: Encoder, variables: Any, dataset: Dataset, *, num_val: int
-) -> dict[str, float]:
-    """Ridge probe of frozen features: fitted on the training split, lambda chosen on validation.
-
-    Returns:
-      {'lambda', 'val_acc', 'test_acc', 'feature_dim'}, accuracies in [0, 1]; no 'test_acc' when the
-      dataset has no labelled test split.
-    """
-    train, val = split_validation(dataset, num_val)
-    features = extract_features(encoder.apply, variables, dataset.train_images)
-    test = None
-    if dataset.test_labels is not None:
-        test_features = extract_features(encoder.apply, variables, dataset.test_images)
-        test = (test_features, jnp.asarray(dataset.test_labels))
-    result = ridge_probe(
-        (features[train], jnp.asarray(dataset.train_labels[train])),
-        (features[val], jnp.asarray(dataset.train_labels[val])),
-        test,
-        num_classes=dataset.num_classes,
-    )
-    return {**result, "feature_dim": features.shape[1]}

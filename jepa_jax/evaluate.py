@@ -1,0 +1,325 @@
+"""The command: python -m jepa_jax.evaluate --workdir=runs/cpu
+
+Judges the encoder of a run: linear probes, nearest neighbours, few labels, the health of its
+representation, and the floors beside them. Prints a table and writes evaluation.json.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import os
+import pathlib
+import platform
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from jepa_jax import device
+from jepa_jax.api import described_encoder, read_run
+from jepa_jax.checkpoint import Checkpoints, load_tree
+from jepa_jax.command import Parser, errors_as_lines
+from jepa_jax.data import Dataset, load_dataset
+from jepa_jax.errors import CheckpointError, ConfigError, DataError
+from jepa_jax.evaluation import PARTS, evaluate_representation, with_online_probe
+from jepa_jax.metrics import read_metrics, write_json
+from jepa_jax.models import ModelFns
+from jepa_jax.plan import clean_images, untrained_variables
+from jepa_jax.progress import Stopwatch, duration, say
+from jepa_jax.representation import reestimate_batch_stats
+
+_DESCRIPTION = """\
+Judges the encoder of a run, and writes evaluation.json into its folder.
+
+Everything a probe chooses is chosen on validation images, held out of the training images; the test
+images are only scored. Beside every accuracy stand its 95 % interval and three floors: the same
+network untrained, raw pixels, and the commonest class.
+"""
+_CHOICES = ("latest", "best")
+# More of them than a screen has lines for are left to evaluation.json.
+_MOST_CLASSES = 20
+
+
+def evaluate_run(
+    workdir: str | os.PathLike[str],
+    *,
+    which: str = "latest",
+    dataset: Dataset | str | None = None,
+    data_dir: str = "",
+    encoder: nn.Module | ModelFns | None = None,
+    parts: Sequence[str] = PARTS,
+    augmented_epochs: int = 0,
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Judges the encoder of a run by `evaluate_representation` and writes what it found.
+
+    BatchNorm's statistics are those of 2,000 clean training images of the run; of the untrained
+    network, those of the dataset it is judged on; of imported weights, as they came.
+
+    Args:
+      workdir: the folder of a run, finished or not, or of imported weights.
+      which: the checkpoint: 'latest', 'best' (of those kept, by validation accuracy of the online
+        probe), or a step.
+      dataset: in place of the run's own; the name of a tfds dataset, or a `Dataset`.
+      data_dir: where datasets lie; '' for the config's and the usual places.
+      encoder: what was given to `train_and_evaluate` as `encoder`, if anything was.
+      parts, augmented_epochs, on_progress: of `evaluate_representation`.
+
+    Returns:
+      its result, with 'checkpoint', 'environment' and, on the run's own data, the probe 'online'
+      and 'online_gap'. Written to evaluation.json; on another dataset to evaluation_NAME.json.
+
+    Raises:
+      CheckpointError: if the folder holds no run or not this checkpoint.
+      ConfigError: if it does not say which dataset, and `dataset` does not either.
+      DataError: if the dataset cannot be read, or is not the one that the run was trained on.
+    """
+    workdir, stored = read_run(workdir)
+    described, config = described_encoder(workdir, stored, encoder), ConfigDict(stored["config"])
+    step = _step_of(workdir, which)
+    data_dir = data_dir or config.data.get("data_dir", "")
+    if dataset is None:
+        on_progress("reading the dataset")
+        dataset = _own_dataset(workdir, stored, data_dir)
+    elif isinstance(dataset, str):
+        on_progress("reading the dataset")
+        dataset = load_dataset(dataset, data_dir=data_dir)
+    is_own = dataset.name == stored["dataset"].get("name")
+    state = {} if step is None else load_tree(workdir / "checkpoints" / str(step) / "state")
+    if which == "latest" and (workdir / "encoder").is_dir():
+        variables = load_tree(workdir / "encoder")
+    else:
+        variables = {"params": state["params"], "batch_stats": state["batch_stats"] or {}}
+        own = dataset if is_own else _own_dataset(workdir, stored, data_dir, lazy=True)
+        variables = reestimate_batch_stats(described, variables, clean_images(own.train_images))
+    untrained = None
+    if "encoder" not in stored["custom"]:
+        images = dataset.train_images
+        untrained = untrained_variables(described, config, images)
+        untrained = reestimate_batch_stats(described, untrained, clean_images(images))
+    online = _recorded_online(workdir, step) if is_own and state.get("probe") else {}
+    result = evaluate_representation(
+        described.apply,
+        variables,
+        dataset,
+        num_val=config.data.get("num_val", 5000),
+        embed=described.embed,
+        untrained=untrained,
+        heads={"online_clean": state["probe"]["params"]} if online else {},
+        parts=parts,
+        augmented_epochs=augmented_epochs,
+        on_progress=on_progress,
+    )
+    if online:
+        result = with_online_probe(result, online)
+    result["checkpoint"] = {"which": which, "step": step}
+    result["environment"] = _environment()
+    name = "evaluation" if is_own else re.sub(r"[^\w.-]", "_", f"evaluation_{dataset.name}")
+    write_json(workdir / f"{name}.json", result)
+    return result
+
+
+def _own_dataset(
+    workdir: pathlib.Path, stored: dict[str, Any], data_dir: str, *, lazy: bool = False
+) -> Dataset:
+    name = stored["config"]["data"].get("dataset")
+    if not name:
+        raise ConfigError(f"{workdir} holds imported weights: --dataset says what to judge them on")
+    if stored["dataset"]["name"] != name:
+        raise DataError(
+            f"{workdir} was trained on {stored['dataset']['name']!r}, a dataset given in Python: "
+            "pass it as evaluate_run(workdir, dataset=...)"
+        )
+    return load_dataset(name, data_dir=data_dir, lazy=lazy)
+
+
+def _step_of(workdir: pathlib.Path, which: str) -> int | None:
+    """The checkpoint's step; None for imported weights, which have none."""
+    if not (workdir / "checkpoints").is_dir():
+        if which != "latest":
+            raise CheckpointError(f"{workdir} holds no checkpoints, so no {which!r}")
+        return None
+    with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
+        steps = checkpoints.steps()
+        if not steps:
+            raise CheckpointError(f"{workdir} holds no checkpoints")
+        if which in _CHOICES:
+            return checkpoints.best_step() if which == "best" else steps[-1]
+    if which not in map(str, steps):
+        raise CheckpointError(
+            f"{workdir} holds no checkpoint {which!r}: there are {', '.join(_CHOICES)} and "
+            f"{', '.join(map(str, steps))}"
+        )
+    return int(which)
+
+
+def _recorded_online(workdir: pathlib.Path, step: int | None) -> dict[str, float]:
+    """What the online probe had reached at this step, by split."""
+    rows = [row for row in read_metrics(workdir / "metrics.jsonl") if row.get("step") == step]
+    suffix = "/online_probe_acc"
+    return {
+        name.removesuffix(suffix): acc
+        for row in rows[-1:]
+        for name, acc in row.items()
+        if name.endswith(suffix)
+    }
+
+
+def _environment() -> dict[str, str]:
+    packages = ("jax", "jaxlib", "flax", "numpy", "scipy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **versions, "device": device.describe()}
+
+
+# --- what a person reads ----------------------------------------------------------------------
+
+_PROBE_NAMES = {
+    "linear": "linear, logistic",
+    "ridge": "linear, ridge",
+    "augmented": "linear, SGD on augmented views",
+    "online": "linear, online",
+    "online_clean": "linear, online, clean statistics",
+    "knn": "20 nearest neighbours",
+    "knn_majority": "20 nearest, plain majority",
+    "few_shot_1": "1 label a class",
+    "few_shot_10": "10 labels a class",
+    "few_shot_100": "100 labels a class",
+}
+_HEALTH_NAMES = {
+    "dim": "dimensions",
+    "rank_me": "RankMe",
+    "effective_rank": "effective rank",
+    "std_min": "standard deviation, least",
+    "std_mean": "standard deviation, mean",
+    "dead_fraction": "dead dimensions, share",
+    "alignment": "alignment",
+    "uniformity": "uniformity",
+    "mean_cosine": "cosine between views",
+}
+
+
+def _percent(score: dict[str, Any] | None) -> str:
+    return "-" if not score else f"{100 * score['acc']:.1f}"
+
+
+def _with_interval(score: dict[str, Any] | None) -> str:
+    if not score:
+        return "-"
+    return f"{100 * score['acc']:.1f} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]"
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    """Lines of aligned columns, the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _probe_table(result: dict[str, Any]) -> list[str]:
+    main = "test" if result["dataset"]["num_test"] else "val"
+    rows = [["accuracy in %", f"{main} [95 %]", "val", "untrained", "pixels", "chance"]]
+    for name, text in _PROBE_NAMES.items():
+        if row := result["probes"].get(name):
+            floors = [(row[f] or {}).get(main) for f in ("untrained", "pixels", "chance")]
+            encoder = row["encoder"]
+            rows.append(
+                [text, _with_interval(encoder[main]), _percent(encoder["val"])]
+                + [_percent(score) for score in floors]
+            )
+    return _table(rows)
+
+
+def _class_table(result: dict[str, Any]) -> list[str]:
+    """Per class: its accuracy, and the class it is most often taken for."""
+    names, rows = result["dataset"]["label_names"], [["class", "accuracy [95 %]", "taken for"]]
+    scores = result["per_class"]["scores"]
+    for place, (name, score) in enumerate(zip(names, scores, strict=True)):
+        taken = list(result["confusion"][place])
+        total, taken[place] = max(sum(taken), 1), -1
+        worst = int(np.argmax(taken))
+        mistaken = f"{names[worst]} ({100 * taken[worst] / total:.0f} %)"
+        rows.append([name, _with_interval(score), mistaken])
+    return _table(rows)
+
+
+def _health_table(health: dict[str, Any]) -> list[str]:
+    columns = [
+        (f"{kind}, {'trained' if name == 'encoder' else name}", figures[kind])
+        for kind in ("h", "z")
+        for name, figures in health.items()
+        if figures and figures[kind]
+    ]
+    rows = [["health", *(title for title, _ in columns)]]
+    for key, text in _HEALTH_NAMES.items():
+        rows.append([text, *(f"{figures[key]:.4g}" for _, figures in columns)])
+    return _table(rows)
+
+
+def print_evaluation(result: dict[str, Any]) -> None:
+    """Prints the result of `evaluate_representation` as tables."""
+    described, blocks = result["dataset"], []
+    if result["probes"]:
+        blocks.append(_probe_table(result))
+    if "confusion" in result and len(described["label_names"]) <= _MOST_CLASSES:
+        blocks.append(_class_table(result))
+    if result["health"]:
+        blocks.append(_health_table(result["health"]))
+    for block in blocks:
+        say("\n".join(["", *block]))
+    say("")
+    if result.get("online_gap"):
+        say(result["online_gap"])
+    say(
+        f"fitted on {described['num_train']} images of {described['name']}, chosen on "
+        f"{described['num_val']} others (val); test images are only scored. Floors are on "
+        f"{'test' if described['num_test'] else 'val'} images"
+    )
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m jepa_jax.evaluate", description=_DESCRIPTION)
+    parser.add_argument("--workdir", required=True, help="the run's folder")
+    parser.add_argument("--checkpoint", default="latest", help="latest, best, or a step")
+    parser.add_argument("--dataset", help="a tfds dataset in place of the run's own")
+    parser.add_argument("--data_dir", default="", help="where datasets lie")
+    parser.add_argument(
+        "--augmented_epochs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also a linear probe by SGD on augmented views, for N epochs (papers use 100)",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.augmented_epochs < 0:
+        parser.error("--augmented_epochs must be 0 or more")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command; `argv` is without the program's name, by default this process's."""
+    arguments = _parse(argv)
+    with errors_as_lines("interrupted; nothing was written"):
+        watch = Stopwatch()
+        watch.start()
+        result = evaluate_run(
+            arguments.workdir,
+            which=arguments.checkpoint,
+            dataset=arguments.dataset,
+            data_dir=arguments.data_dir,
+            augmented_epochs=arguments.augmented_epochs,
+            on_progress=lambda text: say(f"{duration(watch.seconds):>9}  {text} ..."),
+        )
+        print_evaluation(result)
+        say(f"written   {arguments.workdir}/evaluation*.json in {duration(watch.seconds)}")
+
+
+if __name__ == "__main__":
+    main()
