@@ -27,6 +27,7 @@ from jepa_jax.errors import TrainingError
 from jepa_jax.metrics import read_metrics
 
 NUM_IMAGES = 6400
+_NUM_VAL = 256
 _D = 512
 _BALANCED = (_D - 1) / 25
 
@@ -60,7 +61,7 @@ def run(
     config.update(
         {
             "meta": {"seed": seed},
-            "data": {"batch_size": 128},
+            "data": {"batch_size": 128, "num_val": _NUM_VAL},
             "model": {"width": 16, "proj_hidden_dim": _D, "proj_output_dim": _D},
             "loss": {"std_coeff": scenario.std_coeff, "cov_coeff": scenario.cov_coeff},
             "optim": {"name": scenario.optimizer, "lr": scenario.lr, "warmup_epochs": 0.3},

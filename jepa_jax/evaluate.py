@@ -105,7 +105,7 @@ def evaluate_run(
         described.apply,
         variables,
         dataset,
-        num_val=config.data.get("num_val", 5000),
+        num_val=config.data.num_val if is_own else _num_val(len(dataset.train_images)),
         embed=described.embed,
         untrained=untrained,
         heads={"online_clean": state["probe"]["params"]} if online else {},
@@ -120,6 +120,11 @@ def evaluate_run(
     name = "evaluation" if is_own else re.sub(r"[^\w.-]", "_", f"evaluation_{dataset.name}")
     write_json(workdir / f"{name}.json", result)
     return result
+
+
+def _num_val(num_images: int) -> int:
+    """Images to hold out of a dataset that no config speaks of: those of CIFAR-10, or fewer."""
+    return min(5000, max(num_images // 5, 1))
 
 
 def _own_dataset(

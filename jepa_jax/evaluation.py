@@ -108,9 +108,12 @@ def evaluate_representation(
         result["health"] = dict.fromkeys(("encoder", "untrained"))
         for name, (_, given) in encoders.items():
             on_progress(f"representation health, {name}")
+            embed_fn = embed or (lambda variables, images: (apply(variables, images), None))
+            with phases("extraction"):
+                triples = _embed_views(embed_fn, given, images, augment_fn, seed)
+                jax.block_until_ready(triples)
             with phases("health"):
-                embed_fn = embed or (lambda variables, images: (apply(variables, images), None))
-                result["health"][name] = _health(embed_fn, given, images, augment_fn, seed)
+                result["health"][name] = {kind: _health(*t) for kind, t in triples.items()}
     if has_labels(dataset, train, val):
         if "pixels" in parts:
             encoders["pixels"] = (_pixels, None)
@@ -171,31 +174,37 @@ def _extract(apply, variables, dataset, train, val, is_pixels) -> dict[str, _Fea
     return splits
 
 
-def _health(embed_fn, variables, images, augment_fn, seed) -> dict[str, dict[str, Any] | None]:
-    """`health.summarise` of h and z of clean images and of two views of each."""
-    count = len(images) // min(len(images), CHUNK) * min(len(images), CHUNK)
+def _embed_views(embed_fn, variables, images, augment_fn, seed) -> dict[str, Any]:
+    """h and z (or thrice None) of clean images and of two views of each, [N, F] and [N, D]."""
+    size = min(len(images), CHUNK)
     augment = jax.jit(augment_fn)
     chunks = []
-    for index, start in enumerate(range(0, count, CHUNK)):
-        clean = jax.device_put(images[start : start + CHUNK])
+    for index, start in enumerate(range(0, len(images) - size + 1, size)):
+        clean = jax.device_put(images[start : start + size])
         views = augment(stream_key(seed, "health", index), clean)
         chunks.append([embed_fn(variables, view) for view in (to_float(clean), *views)])
-    figures: dict[str, dict[str, Any] | None] = {"h": None, "z": None}
-    for place, kind in enumerate(figures):
-        if chunks[0][0][place] is None:
-            continue
-        clean, one, two = (
-            jnp.concatenate([chunk[view][place] for chunk in chunks]) for view in range(3)
-        )
-        found = jax.device_get(summarise(clean, one, two))
-        spectrum = found.pop("spectrum")
-        figures[kind] = {
-            "dim": clean.shape[1],
-            "num_images": count,
-            **{name: float(value) for name, value in found.items()},
-            "spectrum": [float(value) for value in spectrum],
-        }
-    return figures
+
+    def joined(view, place):
+        parts = [chunk[view][place] for chunk in chunks]
+        return None if parts[0] is None else jnp.concatenate(parts)
+
+    return {
+        kind: tuple(joined(view, place) for view in range(3))
+        for place, kind in enumerate(("h", "z"))
+    }
+
+
+def _health(clean, one, two) -> dict[str, Any] | None:
+    if clean is None:
+        return None
+    found = jax.device_get(summarise(clean, one, two))
+    spectrum = found.pop("spectrum")
+    return {
+        "dim": clean.shape[1],
+        "num_images": len(clean),
+        **{name: float(value) for name, value in found.items()},
+        "spectrum": [float(value) for value in spectrum],
+    }
 
 
 # --- probes -----------------------------------------------------------------------------------

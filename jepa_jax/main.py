@@ -31,6 +31,7 @@ _WORKDIR = flags.DEFINE_string(
     "The run's folder. By default config.meta.model_folder, else a folder named after the config "
     "and the overrides, in $EBJEPA_CKPTS or runs/.",
 )
+_REPORT = flags.DEFINE_bool("report", True, "Whether to write report.html at the end.")
 _INIT_FROM = flags.DEFINE_string("init_from", "", "Another run's folder, to start from.")
 
 
@@ -97,8 +98,25 @@ def _main(argv: Sequence[str]) -> None:
 
         validate(config)
         device.select(config.meta.device)
-        workdir = _WORKDIR.value or _default_workdir(config, sys.argv)
+        workdir = pathlib.Path(_WORKDIR.value or _default_workdir(config, sys.argv)).expanduser()
         train_and_evaluate(config, workdir, init_from=_INIT_FROM.value)
+        if _REPORT.value:
+            _write_report(workdir)
+
+
+def _write_report(workdir: pathlib.Path) -> None:
+    """Writes report.html unless that of this very end of the run is there."""
+    from jepa_jax.progress import say
+    from jepa_jax.report import write_report
+
+    page = workdir / "report.html"
+    try:
+        if not page.exists() or page.stat().st_mtime < (workdir / "summary.json").stat().st_mtime:
+            page = write_report([workdir])
+        say(f"{'report':<10}{page}")
+    except Exception as error:  # the run is done and saved: no fault of a plot makes it a failure
+        reason = " ".join(str(error).split())[:200]
+        say(f"{'note':<10}no report was written ({type(error).__name__}: {reason})")
 
 
 if __name__ == "__main__":

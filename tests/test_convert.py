@@ -396,7 +396,7 @@ def test_bad_input_is_one_line(refused, workdir, tmp_path):
         ([EB_JEPA, tmp_path / "empty" / "below"], "cannot be written"),
         ([workdir, tmp_path / "full"], "exists and is not an empty folder"),
         ([workdir, new, "--stem_padding=1"], "--stem_padding is for a file"),
-        ([tmp_path / "full", new], "holds no finished run: config.json is missing"),
+        ([tmp_path / "full", new], "holds no run: config.json is missing"),
     ]
     for arguments, text in cases:
         assert text in refused(*arguments)

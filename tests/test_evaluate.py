@@ -104,7 +104,9 @@ def test_an_encoder_of_ones_own_is_asked_for_and_has_no_untrained_floor(
         return (h, h), {}
 
     mine = ModelFns(lambda key, images: {"params": {"w": jnp.ones(3)}}, apply)
-    train_and_evaluate(tiny_config, tmp_path / "run", dataset=small_cifar, encoder=mine)
+    config = tiny_config.copy_and_resolve_references()
+    config.optim.lr = 1e-4
+    train_and_evaluate(config, tmp_path / "run", dataset=small_cifar, encoder=mine)
     with pytest.raises(CheckpointError, match="an encoder of its own, .*: pass it in Python"):
         evaluate_run(tmp_path / "run", dataset=small_cifar)
     result = evaluate_run(tmp_path / "run", dataset=small_cifar, encoder=mine, parts=RIDGE)

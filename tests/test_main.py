@@ -83,21 +83,31 @@ def test_a_run_from_command_to_summary(run, tmp_path):
     for text in ("device", "cifar10, 400 training images", "epoch 3/3", "ridge, untrained"):
         assert text in out
     assert f"{100 * summary['ridge_probe_acc']:.2f} %" in out
+    page = tmp_path / "run" / "report.html"
+    assert f"report    {page}" in out and "<html" in page.read_text()
     assert "Traceback" not in err and "WARNING" not in err
 
 
 def test_the_guides_folders_and_environment(run, tmp_path):
-    code, _, err = run(*TINY, "--config.optim.lr=0.1", EBJEPA_CKPTS=str(tmp_path / "ckpts"))
+    elsewhere = {"EBJEPA_CKPTS": str(tmp_path / "ckpts")}
+    code, _, err = run(*TINY, "--noreport", "--config.optim.lr=0.1", **elsewhere)
     assert code == 0, err
     (folder,) = (tmp_path / "ckpts").iterdir()
     assert folder.name.startswith("cpu,") and "optim.lr=0.1" in folder.name
-    code, _, err = run(*TINY, "--config.meta.model_folder=mine", "--config.meta.device=cpu")
+    assert not (folder / "report.html").exists()
+
+
+def test_a_report_that_cannot_be_written_is_a_note_at_the_end_of_a_good_run(run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "report").touch()  # where its figures would go
+    code, out, err = run(*TINY, "--config.meta.model_folder=mine", "--config.meta.device=cpu")
     assert code == 0, err
     assert (tmp_path / "mine" / "summary.json").exists()
+    assert "note      no report was written" in out and "Traceback" not in err
 
 
 def test_killed_and_started_again_it_ends_in_the_same_bits(run, start, tmp_path):
-    arguments = [*TINY, "--config.optim.epochs=16", "--config.logging.save_every=2"]
+    arguments = [*TINY, "--config.optim.epochs=16", "--config.logging.save_every=2", "--noreport"]
     process = start(*arguments, "--workdir=killed")
     metrics = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 100
