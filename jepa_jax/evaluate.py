@@ -24,7 +24,13 @@ from jepa_jax.checkpoint import Checkpoints, load_tree
 from jepa_jax.command import Parser, errors_as_lines
 from jepa_jax.data import Dataset, load_dataset
 from jepa_jax.errors import CheckpointError, ConfigError, DataError
-from jepa_jax.evaluation import PARTS, evaluate_representation, with_online_probe
+from jepa_jax.evaluation import (
+    HEALTH_NAMES,
+    PARTS,
+    PROBE_NAMES,
+    evaluate_representation,
+    with_online_probe,
+)
 from jepa_jax.metrics import read_metrics, write_json
 from jepa_jax.models import ModelFns
 from jepa_jax.plan import clean_images, untrained_variables
@@ -181,30 +187,6 @@ def _environment() -> dict[str, str]:
 
 # --- what a person reads ----------------------------------------------------------------------
 
-_PROBE_NAMES = {
-    "linear": "linear, logistic",
-    "ridge": "linear, ridge",
-    "augmented": "linear, SGD on augmented views",
-    "online": "linear, online",
-    "online_clean": "linear, online, clean statistics",
-    "knn": "20 nearest neighbours",
-    "knn_majority": "20 nearest, plain majority",
-    "few_shot_1": "1 label a class",
-    "few_shot_10": "10 labels a class",
-    "few_shot_100": "100 labels a class",
-}
-_HEALTH_NAMES = {
-    "dim": "dimensions",
-    "rank_me": "RankMe",
-    "effective_rank": "effective rank",
-    "std_min": "standard deviation, least",
-    "std_mean": "standard deviation, mean",
-    "dead_fraction": "dead dimensions, share",
-    "alignment": "alignment",
-    "uniformity": "uniformity",
-    "mean_cosine": "cosine between views",
-}
-
 
 def _percent(score: dict[str, Any] | None) -> str:
     return "-" if not score else f"{100 * score['acc']:.1f}"
@@ -231,7 +213,7 @@ def _table(rows: list[list[str]]) -> list[str]:
 def _probe_table(result: dict[str, Any]) -> list[str]:
     main = "test" if result["dataset"]["num_test"] else "val"
     rows = [["accuracy in %", f"{main} [95 %]", "val", "untrained", "pixels", "chance"]]
-    for name, text in _PROBE_NAMES.items():
+    for name, text in PROBE_NAMES.items():
         if row := result["probes"].get(name):
             floors = [(row[f] or {}).get(main) for f in ("untrained", "pixels", "chance")]
             encoder = row["encoder"]
@@ -263,7 +245,7 @@ def _health_table(health: dict[str, Any]) -> list[str]:
         if figures and figures[kind]
     ]
     rows = [["health", *(title for title, _ in columns)]]
-    for key, text in _HEALTH_NAMES.items():
+    for key, text in HEALTH_NAMES.items():
         rows.append([text, *(f"{figures[key]:.4g}" for _, figures in columns)])
     return _table(rows)
 

@@ -29,6 +29,30 @@ from jepa_jax.train_step import AugmentFn, probe_logits, stream_key
 # Of evaluation.json.
 EVALUATION_SCHEMA_VERSION = 1
 PARTS = ("linear", "ridge", "knn", "few_shot", "health", "pixels")
+# What people call the probes; the first that an evaluation has is its headline.
+PROBE_NAMES = {
+    "linear": "linear, logistic",
+    "ridge": "linear, ridge",
+    "augmented": "linear, SGD on augmented views",
+    "knn": "20 nearest neighbours",
+    "knn_majority": "20 nearest, plain majority",
+    "online": "linear, online",
+    "online_clean": "linear, online, clean statistics",
+    "few_shot_100": "linear, 100 labels a class",
+    "few_shot_10": "linear, 10 labels a class",
+    "few_shot_1": "linear, 1 label a class",
+}
+HEALTH_NAMES = {
+    "rank_me": "RankMe",
+    "effective_rank": "effective rank",
+    "dim": "dimensions",
+    "dead_fraction": "dead dimensions",
+    "std_min": "standard deviation, least",
+    "std_mean": "standard deviation, mean",
+    "mean_cosine": "cosine between views",
+    "alignment": "alignment",
+    "uniformity": "uniformity",
+}
 _LINEAR = {"linear": logistic_probe, "ridge": ridge_probe}
 _SHOTS, _NUM_DRAWS = (1, 10, 100), 5
 _NUM_HEALTH_IMAGES = 5000
@@ -289,9 +313,11 @@ def _probe(features, parts, num_classes, heads, seed, phases) -> dict[str, _Prob
                 probed[name] = _score_linear(fit, scored, {"lambda": fit["lambda"]})
     if "knn" in parts:
         with phases("knn"):
-            votes = {k: knn_votes(train, f.h, num_classes=num_classes) for k, f in scored.items()}
+            votes = jax.device_get(
+                {k: knn_votes(train, f.h, num_classes=num_classes) for k, f in scored.items()}
+            )
         for place, name in enumerate(("knn", "knn_majority")):
-            predicted = {k: np.argmax(jax.device_get(v[place]), axis=1) for k, v in votes.items()}
+            predicted = {k: np.argmax(v[place], axis=1) for k, v in votes.items()}
             probed[name] = _Probed(_score_all(predicted, scored), predicted)
     if "few_shot" in parts:
         with phases("few_shot"):

@@ -33,6 +33,7 @@ def test_every_snippet_runs(snippet, workdir, cifar_arrays, tiny_config, monkeyp
     monkeypatch.chdir(workdir.parent.parent)
     names = {
         "images": cifar_arrays["train_images"][:128],
+        "labels": cifar_arrays["train_labels"][:128],
         "config": tiny_config,
         "apply": lambda params, x: jnp.mean(x, axis=(1, 2)) @ params,
     }
@@ -53,6 +54,7 @@ def test_every_snippet_runs(snippet, workdir, cifar_arrays, tiny_config, monkeyp
 
 def test_there_are_snippets_for_the_encoder_and_for_a_hand_written_step():
     assert any("load_encoder" in snippet for snippet in SNIPPETS)
+    assert any("evaluate_representation" in snippet for snippet in SNIPPETS)
     assert any("vicreg_loss" in snippet and "lars" in snippet for snippet in SNIPPETS)
 
 

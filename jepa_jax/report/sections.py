@@ -12,38 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from jepa_jax.evaluation import HEALTH_NAMES, PROBE_NAMES
 from jepa_jax.progress import duration
 from jepa_jax.report import image_plots, plots
 from jepa_jax.report.gather import Run, number, part
 from jepa_jax.report.pictures import NUM_NEIGHBOURS, Pictures
 from jepa_jax.watch import loss_balance
 
-# Best known first: the first that a run has is its headline.
-PROBES = {
-    "linear": "linear, logistic",
-    "ridge": "linear, ridge",
-    "augmented": "linear, SGD on augmented views",
-    "knn": "20 nearest neighbours",
-    "knn_majority": "20 nearest, plain majority",
-    "online": "linear, online",
-    "online_clean": "linear, online, clean statistics",
-    "few_shot_100": "linear, 100 labels a class",
-    "few_shot_10": "linear, 10 labels a class",
-    "few_shot_1": "linear, 1 label a class",
-}
 FLOORS = {"untrained": "untrained", "pixels": "raw pixels", "chance": "chance"}
 _SPLITS = {"test": "test", "val": "validation"}
-_HEALTH = {
-    "rank_me": "RankMe",
-    "effective_rank": "effective rank",
-    "dim": "dimensions",
-    "dead_fraction": "dead dimensions",
-    "std_min": "standard deviation, least",
-    "std_mean": "standard deviation, mean",
-    "mean_cosine": "cosine between views",
-    "alignment": "alignment",
-    "uniformity": "uniformity",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,13 +140,13 @@ def _together(text: str) -> str:
 
 def _spoken(probe: str) -> str:
     """'linear probe (logistic)' of 'linear, logistic'."""
-    kind, _, how = PROBES.get(probe, probe).partition(", ")
+    kind, _, how = PROBE_NAMES.get(probe, probe).partition(", ")
     return f"{kind} probe ({how})" if how else kind
 
 
 def main_score(run: Run) -> tuple[str, str, dict[str, Any]] | None:
     """(probe, split, score) of a run's headline: the best known probe, on test if it can be."""
-    for probe in PROBES:
+    for probe in PROBE_NAMES:
         encoder = part(run.probes.get(probe), "encoder")
         for split in _SPLITS:
             if _has(encoder.get(split)):
@@ -296,7 +273,10 @@ def probes_section(run: Run) -> Section:
 
 
 def _probe_table(found: dict[str, dict[str, Any]]) -> Table:
-    order = [*(name for name in PROBES if name in found), *(n for n in found if n not in PROBES)]
+    order = [
+        *(name for name in PROBE_NAMES if name in found),
+        *(n for n in found if n not in PROBE_NAMES),
+    ]
     has_test = any(_has(part(row, "encoder").get("test")) for row in found.values())
     main = "test" if has_test else "val"
     columns = [
@@ -307,7 +287,7 @@ def _probe_table(found: dict[str, dict[str, Any]]) -> Table:
     rows = []
     for name in order:
         row, encoder = found[name], part(found[name], "encoder")
-        cells: list[Cell | str] = [Cell(PROBES.get(name, name), kind="key")]
+        cells: list[Cell | str] = [Cell(PROBE_NAMES.get(name, name), kind="key")]
         for split in head[1 : 2 + has_test]:
             score = encoder.get("val" if split == "validation" else split)
             cells.append(Cell(_percent(score), _interval(score)))
@@ -323,7 +303,7 @@ def _gap(run: Run) -> str:
     if type(explained) is str and explained:
         return explained[:1].upper() + explained[1:] + "."
     for split, text in _SPLITS.items():
-        scores = {name: part(run.probes.get(name), "encoder").get(split) for name in PROBES}
+        scores = {name: part(run.probes.get(name), "encoder").get(split) for name in PROBE_NAMES}
         offline = next((name for name in ("linear", "ridge") if _has(scores[name])), None)
         if offline and _has(scores["online"]):
             return (
@@ -530,7 +510,7 @@ def _health_table(run: Run) -> Table | None:
     if not columns:
         return None
     rows = []
-    for key, text in _HEALTH.items():
+    for key, text in HEALTH_NAMES.items():
         values = [number(figures.get(key)) for _, figures in columns]
         if any(map(math.isfinite, values)):
             rows.append([Cell(text, kind="key"), *(_health_number(key, v) for v in values)])
