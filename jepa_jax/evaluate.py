@@ -22,7 +22,7 @@ from jepa_jax import device
 from jepa_jax.api import described_encoder, read_run
 from jepa_jax.checkpoint import Checkpoints, load_tree
 from jepa_jax.command import Parser, errors_as_lines
-from jepa_jax.data import Dataset, load_dataset
+from jepa_jax.data import Dataset
 from jepa_jax.errors import CheckpointError, ConfigError, DataError
 from jepa_jax.evaluation import (
     HEALTH_NAMES,
@@ -33,7 +33,7 @@ from jepa_jax.evaluation import (
 )
 from jepa_jax.metrics import read_metrics, write_json
 from jepa_jax.models import ModelFns
-from jepa_jax.plan import clean_images, untrained_variables
+from jepa_jax.plan import clean_images, load_fitting, untrained_variables
 from jepa_jax.progress import Stopwatch, duration, say
 from jepa_jax.representation import reestimate_batch_stats
 
@@ -92,14 +92,14 @@ def evaluate_run(
         dataset = _own_dataset(workdir, stored, data_dir)
     elif isinstance(dataset, str):
         on_progress("reading the dataset")
-        dataset = load_dataset(dataset, data_dir=data_dir)
+        dataset = load_fitting(dataset, data_dir=data_dir)
     is_own = dataset.name == stored["dataset"].get("name")
     state = {} if step is None else load_tree(workdir / "checkpoints" / str(step) / "state")
     if which == "latest" and (workdir / "encoder").is_dir():
         variables = load_tree(workdir / "encoder")
     else:
         variables = {"params": state["params"], "batch_stats": state["batch_stats"] or {}}
-        own = dataset if is_own else _own_dataset(workdir, stored, data_dir, lazy=True)
+        own = dataset if is_own else _own_dataset(workdir, stored, data_dir)
         variables = reestimate_batch_stats(described, variables, clean_images(own.train_images))
     untrained = None
     if "encoder" not in stored["custom"]:
@@ -133,9 +133,7 @@ def _num_val(num_images: int) -> int:
     return min(5000, max(num_images // 5, 1))
 
 
-def _own_dataset(
-    workdir: pathlib.Path, stored: dict[str, Any], data_dir: str, *, lazy: bool = False
-) -> Dataset:
+def _own_dataset(workdir: pathlib.Path, stored: dict[str, Any], data_dir: str) -> Dataset:
     name = stored["config"]["data"].get("dataset")
     if not name:
         raise ConfigError(f"{workdir} holds imported weights: --dataset says what to judge them on")
@@ -144,7 +142,7 @@ def _own_dataset(
             f"{workdir} was trained on {stored['dataset']['name']!r}, a dataset given in Python: "
             "pass it as evaluate_run(workdir, dataset=...)"
         )
-    return load_dataset(name, data_dir=data_dir, lazy=lazy)
+    return load_fitting(name, data_dir=data_dir)
 
 
 def _step_of(workdir: pathlib.Path, which: str) -> int | None:

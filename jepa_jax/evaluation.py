@@ -177,6 +177,19 @@ def _pixels(variables: None, images: jax.Array) -> jax.Array:
     return jax.image.resize(images, (count, *side, channels), "linear").reshape(count, -1)
 
 
+class _Rows:
+    """Some of the images of a dataset, read a chunk at a time."""
+
+    def __init__(self, images: Any, rows: np.ndarray):
+        self._images, self._rows = images, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        return self._images[self._rows[index]]
+
+
 def _extract(apply, variables, dataset, train, val, is_pixels) -> dict[str, _Features]:
     """Features of every labelled split."""
     if is_pixels and len(train) > _NUM_PIXEL_ROWS:
@@ -184,7 +197,7 @@ def _extract(apply, variables, dataset, train, val, is_pixels) -> dict[str, _Fea
     # One pass over the images: a dataset on disk is read in its own order.
     chosen = np.sort(np.concatenate([train, val]))
     images = dataset.train_images
-    h = extract_features(apply, variables, images if len(chosen) == len(images) else images[chosen])
+    h = extract_features(apply, variables, _Rows(images, chosen))
     place = np.empty(len(images), np.int32)
     place[chosen] = np.arange(len(chosen))
     labels = dataset.train_labels

@@ -112,18 +112,15 @@ def _check_sizes(config: ConfigDict, dataset: Dataset) -> None:
         )
 
 
-def _load(config: ConfigDict) -> Dataset:
-    """The config's dataset, read into memory only if it will lie on the device."""
-    load = functools.partial(
-        load_dataset,
-        config.data.dataset,
-        data_dir=config.data.data_dir,
-        num_workers=config.data.num_workers,
-    )
-    if config.data.placement == "device":
+def load_fitting(
+    name: str, *, data_dir: str = "", placement: str = "auto", num_workers: int = 2
+) -> Dataset:
+    """`load_dataset`, into memory only if the images are to lie on the device."""
+    load = functools.partial(load_dataset, name, data_dir=data_dir, num_workers=num_workers)
+    if placement == "device":
         return load()
     records = load(lazy=True)
-    placement = choose_placement(config.data.placement, records.train_images.nbytes)
+    placement = choose_placement(placement, records.train_images.nbytes)
     return load() if placement == "device" else records
 
 
@@ -135,7 +132,13 @@ def make_plan(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from)
       DataError: for a dataset that cannot be read.
     """
     if dataset is None:
-        dataset = _load(config)
+        data = config.data
+        dataset = load_fitting(
+            data.dataset,
+            data_dir=data.data_dir,
+            placement=data.placement,
+            num_workers=data.num_workers,
+        )
     _check_sizes(config, dataset)
     placement = choose_placement(config.data.placement, dataset.train_images.nbytes)
     scan_steps = config.training.scan_steps

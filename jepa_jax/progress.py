@@ -112,7 +112,9 @@ def print_summary(summary: Mapping[str, Any], workdir: pathlib.Path) -> None:
         f"{duration(summary['train_seconds'])} of training, "
         f"{duration(summary['total_seconds'])} in all"
     )
-    say(f"written   {workdir}: summary.json, metrics.jsonl, encoder/, checkpoints/")
+    say(
+        f"written   {workdir}: summary.json, evaluation.json, metrics.jsonl, encoder/, checkpoints/"
+    )
 
 
 class Stopwatch:
