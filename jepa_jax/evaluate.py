@@ -84,6 +84,7 @@ def evaluate_run(
       DataError: if the dataset cannot be read, or is not the one that the run was trained on.
     """
     workdir, stored = read_run(workdir)
+    which = str(which)
     described, config = described_encoder(workdir, stored, encoder), ConfigDict(stored["config"])
     step = _step_of(workdir, which)
     data_dir = data_dir or config.data.get("data_dir", "")
@@ -93,7 +94,7 @@ def evaluate_run(
     elif isinstance(dataset, str):
         on_progress("reading the dataset")
         dataset = load_fitting(dataset, data_dir=data_dir)
-    is_own = dataset.name == stored["dataset"].get("name")
+    is_own = stored["dataset"] == _identity(dataset)
     state = {} if step is None else load_tree(workdir / "checkpoints" / str(step) / "state")
     if which == "latest" and (workdir / "encoder").is_dir():
         variables = load_tree(workdir / "encoder")
@@ -101,11 +102,9 @@ def evaluate_run(
         variables = {"params": state["params"], "batch_stats": state["batch_stats"] or {}}
         own = dataset if is_own else _own_dataset(workdir, stored, data_dir)
         variables = reestimate_batch_stats(described, variables, clean_images(own.train_images))
-    untrained = None
-    if "encoder" not in stored["custom"]:
-        images = dataset.train_images
-        untrained = untrained_variables(described, config, images)
-        untrained = reestimate_batch_stats(described, untrained, clean_images(images))
+    images, is_ours = dataset.train_images, "encoder" not in stored["custom"]
+    untrained = untrained_variables(described, config, images, has_own_stem=is_ours)
+    untrained = reestimate_batch_stats(described, untrained, clean_images(images))
     online = _recorded_online(workdir, step) if is_own and state.get("probe") else {}
     result = evaluate_representation(
         described.apply,
@@ -124,8 +123,21 @@ def evaluate_run(
     result["checkpoint"] = {"which": which, "step": step}
     result["environment"] = _environment()
     name = "evaluation" if is_own else re.sub(r"[^\w.-]", "_", f"evaluation_{dataset.name}")
-    write_json(workdir / f"{name}.json", result)
+    try:
+        write_json(workdir / f"{name}.json", result)
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"{workdir / name}.json cannot be written: {reason}") from error
     return result
+
+
+def _identity(dataset: Dataset) -> dict[str, Any]:
+    """What config.json says of the dataset that a run was trained on."""
+    return {
+        "name": dataset.name,
+        "num_train": len(dataset.train_images),
+        "image_shape": list(dataset.image_shape),
+    }
 
 
 def _num_val(num_images: int) -> int:
@@ -139,8 +151,8 @@ def _own_dataset(workdir: pathlib.Path, stored: dict[str, Any], data_dir: str) -
         raise ConfigError(f"{workdir} holds imported weights: --dataset says what to judge them on")
     if stored["dataset"]["name"] != name:
         raise DataError(
-            f"{workdir} was trained on {stored['dataset']['name']!r}, a dataset given in Python: "
-            "pass it as evaluate_run(workdir, dataset=...)"
+            f"{workdir} was trained on {stored['dataset']['name']!r}, a dataset given in Python, "
+            "which is needed here: evaluate_run(workdir, dataset=...)"
         )
     return load_fitting(name, data_dir=data_dir)
 
@@ -148,7 +160,7 @@ def _own_dataset(workdir: pathlib.Path, stored: dict[str, Any], data_dir: str) -
 def _step_of(workdir: pathlib.Path, which: str) -> int | None:
     """The checkpoint's step; None for imported weights, which have none."""
     if not (workdir / "checkpoints").is_dir():
-        if which != "latest":
+        if which != "latest" or not (workdir / "encoder").is_dir():
             raise CheckpointError(f"{workdir} holds no checkpoints, so no {which!r}")
         return None
     with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
@@ -208,8 +220,13 @@ def _table(rows: list[list[str]]) -> list[str]:
     ]
 
 
+def _main_split(result: dict[str, Any]) -> str:
+    rows = result["probes"].values()
+    return "test" if any(row["encoder"]["test"] for row in rows) else "val"
+
+
 def _probe_table(result: dict[str, Any]) -> list[str]:
-    main = "test" if result["dataset"]["num_test"] else "val"
+    main = _main_split(result)
     rows = [["accuracy in %", f"{main} [95 %]", "val", "untrained", "pixels", "chance"]]
     for name, text in PROBE_NAMES.items():
         if row := result["probes"].get(name):
@@ -262,11 +279,12 @@ def print_evaluation(result: dict[str, Any]) -> None:
     say("")
     if result.get("online_gap"):
         say(result["online_gap"])
-    say(
-        f"fitted on {described['num_train']} images of {described['name']}, chosen on "
-        f"{described['num_val']} others (val); test images are only scored. Floors are on "
-        f"{'test' if described['num_test'] else 'val'} images"
-    )
+    if result["probes"]:
+        say(
+            f"fitted on {described['num_train']} images of {described['name']}, chosen on "
+            f"{described['num_val']} others (val); test images are only scored. Floors are on "
+            f"{_main_split(result)} images"
+        )
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

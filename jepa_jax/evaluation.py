@@ -1,6 +1,7 @@
 """How good are frozen features? Every probe, floor and health figure, as one dict of numbers."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import scipy.stats
 
 from jepa_jax.augment import to_float, two_views
 from jepa_jax.data import Dataset
+from jepa_jax.errors import DataError
 from jepa_jax.health import summarise
 from jepa_jax.probes import (
     confusion_matrix,
@@ -99,9 +101,10 @@ def evaluate_representation(
       heads: linear classifiers {'kernel' [F, K], 'bias' [K]} by name, to score beside the probes.
       augment_fn: (key, images) -> two views in [0, 1]; for alignment.
       parts: of PARTS: 'linear' (multinomial logistic regression), 'ridge', 'knn', 'few_shot',
-        'health', and 'pixels', which puts the same probes on raw pixels beside them.
-      augmented_epochs: epochs of the SGD probe on augmented views, the literature's protocol; 0
-        leaves it out.
+        'health', and 'pixels', which puts the same probes on raw pixels beside them, fitted on at
+        most 50,000 images.
+      augmented_epochs: epochs of the SGD probe on augmented views, the literature's protocol, for
+        an `apply` that JAX can trace; 0 leaves it out.
       seed: of the few-shot draws, the views and the SGD probe.
       on_progress: called with a line before each piece of work.
 
@@ -112,10 +115,12 @@ def evaluate_representation(
       draws), and 'chance', always the commonest class. `per_class` and `confusion` (rows true,
       columns predicted) are the first linear probe's on test images, else on validation images.
       `health['encoder' or 'untrained']['h' or 'z']` has the figures of `health.summarise`.
+
+    Raises:
+      DataError: if `num_val` leaves no training image.
+      ValueError: for an unknown part.
     """
-    unknown = set(parts) - set(PARTS)
-    if unknown:
-        raise ValueError(f"parts must be of {PARTS}, got {sorted(unknown)}")
+    _check(dataset, num_val, parts)
     train, val = split_validation(dataset, num_val)
     phases = Phases()
     encoders: dict[str, tuple[Apply, Any]] = {"encoder": (apply, variables)}
@@ -127,17 +132,13 @@ def evaluate_representation(
         "health": None,
         "probes": {},
     }
-    if "health" in parts:
-        images = dataset.train_images[val[:_NUM_HEALTH_IMAGES]]
+    if "health" in parts and len(val) > 1:
+        embed_fn = embed or (lambda variables, images: (apply(variables, images), None))
         result["health"] = dict.fromkeys(("encoder", "untrained"))
         for name, (_, given) in encoders.items():
             on_progress(f"representation health, {name}")
-            embed_fn = embed or (lambda variables, images: (apply(variables, images), None))
-            with phases("extraction"):
-                triples = _embed_views(embed_fn, given, images, augment_fn, seed)
-                jax.block_until_ready(triples)
-            with phases("health"):
-                result["health"][name] = {kind: _health(*t) for kind, t in triples.items()}
+            views = functools.partial(_embed_views, embed_fn, given, dataset, val, augment_fn, seed)
+            result["health"][name] = _health_of(views, phases)
     if has_labels(dataset, train, val):
         if "pixels" in parts:
             encoders["pixels"] = (_pixels, None)
@@ -149,10 +150,23 @@ def evaluate_representation(
     return result
 
 
+def _check(dataset: Dataset, num_val: int, parts: Sequence[str]) -> None:
+    unknown = set(parts) - set(PARTS)
+    if unknown:
+        raise ValueError(f"parts must be of {PARTS}, got {sorted(unknown)}")
+    if dataset.train_labels is not None and num_val >= len(dataset.train_images):
+        raise DataError(
+            f"num_val={num_val} leaves none of the {len(dataset.train_images)} training images of "
+            f"{dataset.name} to the probes"
+        )
+
+
 def has_labels(dataset: Dataset, train: np.ndarray, val: np.ndarray) -> bool:
     """Whether there is something to fit a probe to, at `train`, and to choose on, at `val`."""
     labels = dataset.train_labels
-    return labels is not None and all((labels[split] >= 0).any() for split in (train, val))
+    if labels is None or dataset.num_classes < 2:
+        return False
+    return all((labels[split] >= 0).any() for split in (train, val))
 
 
 def _describe(dataset: Dataset, num_train: int, num_val: int) -> dict[str, Any]:
@@ -211,8 +225,18 @@ def _extract(apply, variables, dataset, train, val, is_pixels) -> dict[str, _Fea
     return splits
 
 
-def _embed_views(embed_fn, variables, images, augment_fn, seed) -> dict[str, Any]:
+def _health_of(views: Callable[[], dict[str, Any]], phases: Phases) -> dict[str, Any]:
+    with phases("extraction"):
+        triples = jax.block_until_ready(views())
+    with phases("health"):
+        return {kind: _health(*triple) for kind, triple in triples.items()}
+
+
+def _embed_views(embed_fn, variables, dataset, val, augment_fn, seed) -> dict[str, Any]:
     """h and z (or thrice None) of clean images and of two views of each, [N, F] and [N, D]."""
+    # At even distances: a dataset may be sorted by class.
+    places = np.linspace(0, len(val) - 1, min(len(val), _NUM_HEALTH_IMAGES)).astype(int)
+    images = dataset.train_images[val[places]]
     size = min(len(images), CHUNK)
     augment = jax.jit(augment_fn)
     chunks = []
@@ -280,9 +304,9 @@ class _Battery:
         for probe, (scores, _) in probed.items():
             empty = {"encoder": None, "untrained": None, "pixels": None}
             self.scores.setdefault(probe, empty)[name] = scores
-        self.chance = _chance(features)
         if not is_judged:
             return {}
+        self.chance = _chance(features)
         return {
             "feature_dim": features["train"].h.shape[1],
             **_by_class(features, probed, num_classes),
@@ -344,10 +368,12 @@ def _probe(features, parts, num_classes, heads, seed, phases) -> dict[str, _Prob
 
 
 def _score_linear(fit: Mapping[str, Any], scored, extra: dict[str, Any]) -> _Probed:
-    predicted = {
-        name: np.asarray(jnp.argmax(probe_logits(fit, split.h), axis=1))
-        for name, split in scored.items()
-    }
+    # As the probes compute: a GPU's default would round what these features, not centred, cancel.
+    with jax.default_matmul_precision("highest"):
+        predicted = {
+            name: np.asarray(jnp.argmax(probe_logits(fit, split.h), axis=1))
+            for name, split in scored.items()
+        }
     return _Probed({**_score_all(predicted, scored), **extra}, predicted)
 
 
@@ -410,10 +436,11 @@ def with_online_probe(result: dict[str, Any], accs: Mapping[str, float]) -> dict
     clean = result["probes"]["online_clean"]
     scores: dict[str, Any] = {"val": None, "test": None}
     for split, acc in accs.items():
-        scores[split] = score_of(acc, clean["encoder"][split]["count"])
+        if clean["encoder"][split] is not None:
+            scores[split] = score_of(acc, clean["encoder"][split]["count"])
     online = {**clean, "encoder": scores}
     result = {**result, "probes": {**result["probes"], "online": online}}
-    split = "test" if "test" in accs else "val"
+    split = "test" if scores["test"] else "val"
     return {**result, "online_gap": explain_online_gap(result, split)}
 
 
@@ -428,7 +455,7 @@ def _by_class(features, probed: dict[str, _Probed], num_classes: int) -> dict[st
     confusion = np.asarray(confusion_matrix(predicted, labels, num_classes=num_classes))
     counts = confusion.sum(axis=1)
     scores = [
-        score_of(int(hits) / max(int(count), 1), int(count))
+        score_of(int(hits) / int(count), int(count)) if count else None
         for hits, count in zip(np.diag(confusion), counts, strict=True)
     ]
     return {

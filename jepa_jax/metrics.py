@@ -16,9 +16,12 @@ Row = dict[str, Any]
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
-    """Writes a JSON file whole or not at all: a reader never sees half of it."""
+    """Writes a JSON file whole or not at all: a reader never sees half of it.
+
+    Numbers that are not finite become null.
+    """
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.write_text(json.dumps(_finite(content), indent=2) + "\n")
     os.replace(partial, path)
 
 
@@ -104,7 +107,10 @@ class MetricsWriter:
 
 
 def _finite(value: Any) -> Any:
-    if isinstance(value, list):
+    """The value with null for numbers that are not finite, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

@@ -243,7 +243,8 @@ class Encoder(NamedTuple):
     @functools.partial(jax.jit, static_argnums=0)
     def apply(self, variables: dict[str, Any], images: jax.Array) -> jax.Array:
         """uint8 or [0, 1] images [B, H, W, 3] to h [B, F], by the running statistics."""
-        return self.embed(variables, images)[0]
+        (h, _), _ = self.model.apply(variables, self.normalize(images), False)
+        return h.astype(jnp.float32)
 
     @functools.partial(jax.jit, static_argnums=0)
     def embed(self, variables: dict[str, Any], images: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+import shutil
 import uuid
 from typing import Any
 
@@ -184,7 +185,13 @@ def initial_state(plan: Plan) -> TrainState:
     return state
 
 
-def untrained_variables(encoder: Encoder, config: ConfigDict, images: np.ndarray | Records) -> Any:
+def untrained_variables(
+    encoder: Encoder,
+    config: ConfigDict,
+    images: np.ndarray | Records,
+    *,
+    has_own_stem: bool = True,
+) -> Any:
     """The variables that `initial_state` starts a run of this config from.
 
     Args:
@@ -192,12 +199,13 @@ def untrained_variables(encoder: Encoder, config: ConfigDict, images: np.ndarray
       config: of a run; without a seed or a kind of stem, as imported weights have it, those of
         seed 0 and a random stem.
       images: the run's training images, uint8 [N, H, W, C].
+      has_own_stem: False for an encoder that did not come from the config.
     """
     seed = config.meta.seed if "meta" in config else 0
     shape = (2, *images.shape[1:])
     key = stream_key(jax.device_put(np.uint32(seed)), "init")
     variables = jax.jit(lambda key: encoder.model.init(key, jnp.zeros(shape, jnp.float32)))(key)
-    if config.model.get("stem_init") == "whitening":
+    if config.model.get("stem_init") == "whitening" and has_own_stem:
         _whiten_stem(encoder, variables["params"], clean_images(images))
     return variables
 
@@ -274,7 +282,9 @@ def claim_workdir(plan: Plan, has_checkpoint: bool) -> None:
             )
         return
     # Of an earlier run, whose checkpoints somebody deleted.
-    (plan.workdir / "summary.json").unlink(missing_ok=True)
+    for name in ("summary.json", "evaluation.json", "report.html"):
+        (plan.workdir / name).unlink(missing_ok=True)
+    shutil.rmtree(plan.workdir / "encoder", ignore_errors=True)
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages}
     environment = {

@@ -91,9 +91,10 @@ def augmented_probe(
             jax.device_put(labels[batch]),
         )
     kernels = heads.kernel * scale[None, :, None]
-    biases = heads.bias - jnp.einsum("f,rfk->rk", mean, kernels)
+    biases = heads.bias - jnp.einsum("f,rfk->rk", mean, kernels, precision="highest")
     folded = list(zip(kernels, biases, strict=True))
-    accs = [float(accuracy(val[0] @ kernel + bias[None, :], val[1])) for kernel, bias in folded]
+    with jax.default_matmul_precision("highest"):
+        accs = [float(accuracy(val[0] @ kernel + bias[None, :], val[1])) for kernel, bias in folded]
     best = int(np.argmax(accs))
     kernel, bias = folded[best]
     return {"lr": float(rates[best]), "val_acc": accs[best], "kernel": kernel, "bias": bias}
@@ -119,6 +120,7 @@ def _crops(keys: jax.Array, images: jax.Array) -> jax.Array:
 
 def _loss(heads: _Heads, h: jax.Array, labels: jax.Array) -> jax.Array:
     """The sum over the heads of each one's mean cross-entropy."""
-    logits = jnp.einsum("bf,rfk->rbk", h, heads.kernel) + heads.bias[:, None, :]
+    logits = jnp.einsum("bf,rfk->rbk", h, heads.kernel, precision="highest")
+    logits = logits + heads.bias[:, None, :]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[None, :])
     return jnp.sum(jnp.mean(losses, axis=1))

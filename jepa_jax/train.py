@@ -162,7 +162,7 @@ def _online_probe(plan: Plan, state: TrainState) -> dict[str, float]:
     dataset = plan.dataset
     _, val = split_validation(dataset, plan.config.data.num_val)
     splits = {"val": (dataset.train_images[val], dataset.train_labels[val])}
-    if dataset.test_labels is not None:
+    if dataset.test_labels is not None and (dataset.test_labels >= 0).any():
         splits["test"] = (dataset.test_images, dataset.test_labels)
     row = {}
     for split, (images, labels) in splits.items():
@@ -453,12 +453,19 @@ def _stop_early(loop: _Loop, checkpoints, step: int, collapsed: str | bool | Non
     """Raises, once what has been saved is whole."""
     checkpoints.wait()
     plan = loop.plan
-    where = f"stopped at step {step} of {plan.num_steps} and saved it in {plan.workdir}"
     if loop.stop.signal_number:
-        raise Interrupted(f"{where}; the same command goes on from there", loop.stop.signal_number)
-    raise TrainingError(
-        f"the run has collapsed ({collapsed}): {where}; "
-        "--config.logging.stop_on_collapse=False goes on from there"
+        raise Interrupted(
+            f"stopped at step {step} of {plan.num_steps} and saved it in {plan.workdir}; the same "
+            "command goes on from there",
+            loop.stop.signal_number,
+        )
+    raise TrainingError(_collapsed(plan, collapsed, step))
+
+
+def _collapsed(plan: Plan, kind: str, step: int) -> str:
+    return (
+        f"the run has collapsed ({kind}): stopped at step {step} of {plan.num_steps} and saved in "
+        f"{plan.workdir}; --config.logging.stop_on_collapse=False goes on from there"
     )
 
 
@@ -507,6 +514,8 @@ def train_and_evaluate(
         session.add(progress["total_seconds"])
         phases.add(progress["phases"])
         _print_header(plan, state, progress)
+        if plan.config.logging.stop_on_collapse and progress["collapse"]:
+            raise TrainingError(_collapsed(plan, progress["collapse"], int(state.step)))
         if not _is_over(plan, progress):
             state, progress = _train(plan, state, untrained, progress, checkpoints, session, phases)
     summary_path = workdir / "summary.json"

@@ -47,7 +47,7 @@ class Watch:
       loss_fn: (key, z1, z2, hparams) -> (loss, terms).
       term_weights: the weight of each term in the loss, by name; 1 for one that is not named.
       mean, std: the normalisation of every view.
-      images: uint8 [N, H, W, C]; the first 1,024 are used.
+      images: uint8 [N, H, W, C]; as many whole chunks are used as 1,024 images hold.
       batch_size: of training.
       hparams: see `HParams`.
     """
@@ -67,7 +67,9 @@ class Watch:
     ):
         size = min(batch_size, NUM_IMAGES, len(images))
         count = min(NUM_IMAGES, len(images)) // size * size
-        self._chunks = images[:count].reshape(-1, size, *images.shape[1:])
+        # At even distances: a dataset may be sorted by class.
+        chosen = images[np.linspace(0, len(images) - 1, count).astype(int)]
+        self._chunks = chosen.reshape(-1, size, *images.shape[1:])
         self._hparams, self._term_weights = hparams, dict(term_weights)
 
         def views_of(chunk, index):
@@ -77,23 +79,25 @@ class Watch:
         def embed(variables, view):
             return model.apply(variables, view, True)[0]
 
-        def terms_of(params, variables, views):
-            variables = {**variables, "params": params}
-            (_, z1), batch_stats = model.apply(variables, views[0], True)
-            (_, z2), _ = model.apply({**variables, "batch_stats": batch_stats}, views[1], True)
-            return loss_fn(stream_key(hparams.seed, "watch_loss"), z1, z2, hparams)[1]
+        def terms_of(embeddings):
+            return loss_fn(stream_key(hparams.seed, "watch_loss"), *embeddings, hparams)[1]
 
-        def gradient_norm(variables, views, weights):
-            def weighted(params):
-                terms = terms_of(params, variables, views)
-                return sum(weights[name] * terms[name] for name in terms)
+        def pulls(embeddings, name):
+            return jax.grad(lambda z: terms_of(z)[name])(embeddings)
 
-            grads = jax.grad(weighted)(variables["params"])
-            return optax.tree.norm(grads.get("encoder", grads))
+        def gradient_norm(variables, views, pulls):
+            def embeddings_of(params):
+                given = {**variables, "params": params}
+                return [model.apply(given, view, True)[0][1] for view in views]
 
-        self._views, self._embed = jax.jit(views_of), jax.jit(embed)
+            (grads,) = jax.vjp(embeddings_of, variables["params"])[1](pulls)
+            has_encoder = isinstance(grads, Mapping) and "encoder" in grads
+            return optax.tree.norm(grads["encoder"] if has_encoder else grads)
+
+        self._views, self._embed, self._terms_of = jax.jit(views_of), jax.jit(embed), terms_of
+        # Term by term down to the embedding: one that has no derivative spoils no other.
+        self._pulls = jax.jit(pulls, static_argnums=1)
         self._gradient_norm = jax.jit(gradient_norm)
-        self._terms_of = terms_of
 
     def _views_of(self, index: int) -> list[jax.Array]:
         # Drawn anew each time: kept, those of large images would fill the device.
@@ -125,14 +129,13 @@ class Watch:
         By the encoder's parameters; by all of them where none are called so.
         """
         views = self._views_of(0)
-        names = list(jax.eval_shape(self._terms_of, variables["params"], variables, views))
+        embeddings = [self._embed(variables, view)[1] for view in views]
         norms = {}
-        for chosen in names:
-            weight = self._term_weights.get(chosen, 1.0)
-            # One term at a time: one compiled program serves them all.
-            weights = {name: np.float32(weight if name == chosen else 0.0) for name in names}
-            norms[chosen] = self._gradient_norm(variables, views, jax.device_put(weights))
-        return {name: float(norm) for name, norm in norms.items()}
+        for name in jax.eval_shape(self._terms_of, embeddings):
+            weight = self._term_weights.get(name, 1.0)
+            norm = self._gradient_norm(variables, views, self._pulls(embeddings, name))
+            norms[name] = weight * float(norm)
+        return norms
 
 
 @jax.jit

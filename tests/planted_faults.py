@@ -636,10 +636,10 @@ FAULTS = [
         "test_watch.py",
     ),
     Fault(
-        "every term's gradient at once",
+        "a term's gradient without its weight",
         "watch.py",
-        "weight if name == chosen else 0.0",
-        "weight",
+        "norms[name] = weight * float(norm)",
+        "norms[name] = float(norm)",
         "test_watch.py",
     ),
     Fault(

@@ -28,6 +28,9 @@ def test_stop_on_collapse_saves_and_ends_with_a_line(images, tmp_path, capsys):
     with pytest.raises(TrainingError, match=r"collapsed \(constant\): stopped at"):
         collapse.run("constant", 0, images, tmp_path / "run", stop=True)
     assert list((tmp_path / "run" / "checkpoints").iterdir())
+    # Asked again it stops where it stands.
+    with pytest.raises(TrainingError, match=r"collapsed \(constant\): stopped at step 50 of 100"):
+        collapse.run("constant", 0, images, tmp_path / "run", stop=True)
     # Told not to mind, the same run goes on to its end.
     rows = collapse.run("constant", 0, images, tmp_path / "run")
     assert [row["watch/collapse"] for row in rows] == ["constant"] * 2

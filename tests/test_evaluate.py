@@ -83,6 +83,21 @@ def test_a_dataset_given_in_python_has_to_be_given_again(run):
         evaluate_run(run)
 
 
+def test_other_arrays_are_another_dataset_whatever_their_name(run, small_cifar):
+    fewer = from_arrays(small_cifar.train_images[:200], small_cifar.train_labels[:200])
+    assert fewer.name == small_cifar.name
+    result = evaluate_run(run, dataset=fewer, parts=RIDGE)
+    assert (run / "evaluation_arrays.json").exists() and "online" not in result["probes"]
+    assert result["dataset"]["num_val"] == 40
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(run, small_cifar):
+    (run / "evaluation.json").unlink()
+    (run / "evaluation.json").mkdir()
+    with pytest.raises(CheckpointError, match="evaluation.json cannot be written"):
+        evaluate_run(run, dataset=small_cifar, parts=("health",))
+
+
 def test_imported_weights_are_judged_as_they_came(tmp_path, small_cifar, request):
     fixture = request.path.parent / "fixtures" / "torch_eb_jepa.pth"
     folder = tmp_path / "imported"
@@ -96,9 +111,7 @@ def test_imported_weights_are_judged_as_they_came(tmp_path, small_cifar, request
     assert ridge_of(result)["untrained"] is not None and "online_gap" not in result
 
 
-def test_an_encoder_of_ones_own_is_asked_for_and_has_no_untrained_floor(
-    tiny_config, small_cifar, tmp_path
-):
+def test_an_encoder_of_ones_own_is_asked_for(tiny_config, small_cifar, tmp_path):
     def apply(variables, images, train):
         h = jnp.mean(images, axis=(1, 2)) * variables["params"]["w"][None, :]
         return (h, h), {}
@@ -109,8 +122,9 @@ def test_an_encoder_of_ones_own_is_asked_for_and_has_no_untrained_floor(
     train_and_evaluate(config, tmp_path / "run", dataset=small_cifar, encoder=mine)
     with pytest.raises(CheckpointError, match="an encoder of its own, .*: pass it in Python"):
         evaluate_run(tmp_path / "run", dataset=small_cifar)
+    at_the_end = ridge_of(read_json(tmp_path / "run" / "evaluation.json"))
     result = evaluate_run(tmp_path / "run", dataset=small_cifar, encoder=mine, parts=RIDGE)
-    assert ridge_of(result)["encoder"] and ridge_of(result)["untrained"] is None
+    assert ridge_of(result)["untrained"] == at_the_end["untrained"]
 
 
 # --- the command --------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import sklearn.neighbors
 
 from jepa_jax import evaluation
 from jepa_jax.data import from_arrays
+from jepa_jax.errors import DataError
 from jepa_jax.evaluation import evaluate_representation, score_of, with_online_probe
 from jepa_jax.probes import LOGISTIC_LAMBDAS
 from jepa_jax.representation import split_validation
@@ -253,6 +254,41 @@ def test_the_same_seed_draws_the_same(dataset, result):
     assert again["health"]["encoder"] == result["health"]["encoder"]
     other = evaluate(dataset, parts=("few_shot",), seed=1)
     assert other["probes"]["few_shot_1"]["encoder"] != encoder_scores(result, "few_shot_1")
+
+
+def test_a_split_that_leaves_nothing_to_fit_is_refused_and_one_image_has_no_health(dataset):
+    with pytest.raises(DataError, match="num_val=240 leaves none of the 240 training images"):
+        evaluate(dataset, num_val=NUM_TRAIN + NUM_VAL)
+    assert evaluate(dataset, num_val=1, parts=("health",))["health"] is None
+
+
+def test_test_images_without_any_label_have_no_figures(dataset):
+    unknown = np.full(NUM_TEST, -1)
+    images, labels = dataset.train_images, dataset.train_labels
+    found = evaluate(
+        from_arrays(images, labels, dataset.test_images, unknown),
+        parts=("linear",),
+        heads={"online_clean": HEAD},
+    )
+    assert encoder_scores(found, "linear")["test"] is None
+    found = with_online_probe(found, {"val": 0.4, "test": 0.0})
+    assert (
+        encoder_scores(found, "online")["test"] is None and " on val images" in found["online_gap"]
+    )
+
+
+def test_a_class_without_test_images_has_no_accuracy(dataset):
+    keep = dataset.test_labels != 2
+    found = evaluate(
+        from_arrays(
+            dataset.train_images,
+            dataset.train_labels,
+            dataset.test_images[keep],
+            dataset.test_labels[keep],
+        ),
+        parts=("ridge",),
+    )
+    assert [score is None for score in found["per_class"]["scores"]] == [False, False, True]
 
 
 def test_an_unknown_part_is_named(dataset):
