@@ -118,7 +118,7 @@ def evaluate_run(
         augmented_epochs=augmented_epochs,
         on_progress=on_progress,
     )
-    if online:
+    if "online_clean" in result["probes"]:
         result = with_online_probe(result, online)
     result["checkpoint"] = {"which": which, "step": step}
     result["environment"] = _environment()

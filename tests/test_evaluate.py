@@ -91,6 +91,12 @@ def test_other_arrays_are_another_dataset_whatever_their_name(run, small_cifar):
     assert result["dataset"]["num_val"] == 40
 
 
+def test_the_runs_own_images_without_their_labels_have_health_alone(run, small_cifar):
+    unlabelled = from_arrays(small_cifar.train_images)
+    result = evaluate_run(run, dataset=unlabelled, parts=("health", "ridge"))
+    assert result["probes"] == {} and result["health"]["encoder"]["z"]["dim"] == 8
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(run, small_cifar):
     (run / "evaluation.json").unlink()
     (run / "evaluation.json").mkdir()
