@@ -2,7 +2,7 @@
 
     python -m benchmarks.collapse --seeds 10 --out benchmarks/results/collapse.json
 
-Narrow networks, two epochs each: two losses without their guards, rapid's own weights and rate, and
+Narrow networks, two epochs each: two losses without their guards, rapid's own weights, and
 two healthy recipes. Prints a line a run and exits with 1 if one was misnamed.
 """
 
@@ -47,7 +47,7 @@ class Scenario:
 SCENARIOS = {
     "constant": Scenario("lars", 0.3, 0.0, 0.0, "constant"),
     "low rank": Scenario("lars", 0.3, 25.0, 0.0, "low rank"),
-    "rapid": Scenario("lars", 0.707, 25.0, 1.0, "low rank"),
+    "rapid's weights": Scenario("lars", 0.3, 25.0, 1.0, "low rank"),
     "healthy, LARS": Scenario("lars", 0.3, 1.0, _BALANCED, None),
     "healthy, Muon": Scenario("muon", 0.02, 1.0, _BALANCED, None),
 }

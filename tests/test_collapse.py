@@ -13,7 +13,7 @@ def images(cifar_arrays):
     return np.tile(cifar_arrays["train_images"], (collapse.NUM_IMAGES // 400, 1, 1, 1))
 
 
-@pytest.mark.parametrize("scenario", ["low rank", "rapid", "healthy, LARS"])
+@pytest.mark.parametrize("scenario", ["low rank", "rapid's weights", "healthy, LARS"])
 def test_collapses_are_named_within_two_epochs_and_healthy_runs_are_not(
     scenario, images, tmp_path, capsys
 ):
