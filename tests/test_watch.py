@@ -87,9 +87,15 @@ def test_a_long_spectrum_is_thinned_and_keeps_its_ends(images):
 
     watch = Watch(
         ModelFns(lambda key, x: {}, flat),
-        augment_fn=as_it_is, loss_fn=loss_fn, term_weights={}, mean=(0.0,) * 3, std=(1.0,) * 3,
-        images=images, batch_size=70, hparams=HPARAMS,
-    )  # fmt: skip
+        augment_fn=as_it_is,
+        loss_fn=loss_fn,
+        term_weights={},
+        mean=(0.0,) * 3,
+        std=(1.0,) * 3,
+        images=images,
+        batch_size=70,
+        hparams=HPARAMS,
+    )
     found = watch.representation({"params": {}})
     ranks = found["z_spectrum_ranks"]
     assert ranks[0] == 1 and ranks[-1] == 300 and len(ranks) == len(set(ranks)) <= 64
@@ -175,7 +181,13 @@ def test_parameters_of_any_tree_will_do(images):
 
     watch = Watch(
         ModelFns(lambda key, x: {}, apply),
-        augment_fn=as_it_is, loss_fn=loss_fn, term_weights={}, mean=(0.0,) * 3, std=(1.0,) * 3,
-        images=images, batch_size=70, hparams=HPARAMS,
-    )  # fmt: skip
+        augment_fn=as_it_is,
+        loss_fn=loss_fn,
+        term_weights={},
+        mean=(0.0,) * 3,
+        std=(1.0,) * 3,
+        images=images,
+        batch_size=70,
+        hparams=HPARAMS,
+    )
     assert watch.gradient_norms({"params": (jnp.float32(1.0),)})["sum"] > 0
