@@ -22,8 +22,8 @@ from jepa_jax.losses import paper_cov_coeff
 from jepa_jax.models import ModelFns, normalize
 from jepa_jax.train_step import AugmentFn, HParams, LossFn, stream_key
 
-# Bounds RankMe from above, and its cost: a few tens of a second on a CPU.
-NUM_IMAGES = 1024
+# Bounds RankMe from above, and its cost: a few tenths of a second on a CPU.
+_NUM_IMAGES = 1024
 _SPECTRUM_POINTS = 64
 # How far below the untrained network's a figure has to fall. docs/evaluation.md has what narrow
 # networks on CIFAR-10 showed: both lie far from where healthy and where collapsed runs were.
@@ -65,12 +65,12 @@ class Watch:
         batch_size: int,
         hparams: HParams,
     ):
-        size = min(batch_size, NUM_IMAGES, len(images))
-        count = min(NUM_IMAGES, len(images)) // size * size
+        size = min(batch_size, _NUM_IMAGES, len(images))
+        count = min(_NUM_IMAGES, len(images)) // size * size
         # At even distances: a dataset may be sorted by class.
         chosen = images[np.linspace(0, len(images) - 1, count).astype(int)]
         self._chunks = chosen.reshape(-1, size, *images.shape[1:])
-        self._hparams, self._term_weights = hparams, dict(term_weights)
+        self._term_weights = dict(term_weights)
 
         def views_of(chunk, index):
             views = augment_fn(stream_key(hparams.seed, "watch", index), chunk)
