@@ -7,24 +7,13 @@ and a non-zero exit.
 import os
 import pathlib
 import re
-import sys
 from collections.abc import Sequence
 
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
 
-from jepa_jax.command import errors_as_lines, fail
-from jepa_jax.config import known_keys, nearest
+from jepa_jax import config_flags
+from jepa_jax.command import errors_as_lines
 
-_CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
-
-_DEFAULT_CONFIG = _CONFIGS / "cpu.py"
-
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    f"The config file, by default {_DEFAULT_CONFIG.name}; any key is a flag: --config.optim.lr=0.3",
-)
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     "",
@@ -35,53 +24,16 @@ _REPORT = flags.DEFINE_bool("report", True, "Whether to write report.html at the
 _INIT_FROM = flags.DEFINE_string("init_from", "", "Another run's folder, to start from.")
 
 
-def _config_argument(argv: Sequence[str]) -> str:
-    for previous, argument in zip(["", *argv], argv, strict=False):
-        if argument.startswith(("--config=", "-config=")):
-            return argument.split("=", 1)[1]
-        if previous in ("--config", "-config"):
-            return argument
-    return ""
-
-
 def _parse(argv: Sequence[str]) -> list[str]:
-    """Parses the flags; what absl and ml_collections would show as a traceback is one line."""
-    if not _config_argument(argv):
-        # ml_collections reads the overrides from sys.argv, and wants the file before them.
-        argv = sys.argv = [argv[0], f"--config={_DEFAULT_CONFIG}", *argv[1:]]
-    path = pathlib.Path(_config_argument(argv).split(":")[0])
-    if not path.is_file():
-        near = nearest(path.name, [file.name for file in _CONFIGS.glob("*.py")])
-        fail(f"config file {path} does not exist{near}")
-    # A config may build on its neighbours as `from configs import rapid`, wherever we are called.
-    sys.path.append(str(path.absolute().parent.parent))
-    try:
-        rest = flags.FLAGS(list(argv))
-        _ = _CONFIG.value
-    except Exception as error:  # absl's own, or whatever a person's config file raises
-        fail(_explain(error, argv, path))
-    if len(rest) > 1:
-        fail(f"unexpected argument {rest[1]!r}; overrides look like --config.optim.lr=0.3")
-    return rest
+    return config_flags.parse(argv, flags.FLAGS)
 
 
-def _explain(error: Exception, argv: Sequence[str], path: pathlib.Path) -> str:
-    overrides = [re.match(r"--?config\.([\w.]+)", argument) for argument in argv]
-    for match in filter(None, overrides):
-        if match[1] not in known_keys():
-            return f"config.{match[1]} is not a known key{nearest(match[1], known_keys())}"
-    text = " ".join(str(error).split())
-    if isinstance(error, flags.Error):
-        return text
-    return f"config file {path} cannot be run: {type(error).__name__}: {text}"
-
-
-def _default_workdir(config: ConfigDict, argv: Sequence[str]) -> pathlib.Path:
+def _default_workdir(given: config_flags.GivenConfig) -> pathlib.Path:
     """A folder of its own for every set of overrides, so that two experiments do not collide."""
-    if config.meta.model_folder:
-        return pathlib.Path(config.meta.model_folder)
-    name = pathlib.Path(_config_argument(argv)).stem
-    for key, value in sorted(config_flags.get_override_values(flags.FLAGS["config"]).items()):
+    if given.config.meta.model_folder:
+        return pathlib.Path(given.config.meta.model_folder)
+    name = given.name
+    for key, value in sorted(given.overrides.items()):
         if not key.startswith(("logging.", "meta.device")):
             name += f",{key}={value}"
     name = re.sub(r"[^\w.,=+-]", "", name)
@@ -90,7 +42,8 @@ def _default_workdir(config: ConfigDict, argv: Sequence[str]) -> pathlib.Path:
 
 def _main(argv: Sequence[str]) -> None:
     del argv
-    config = _CONFIG.value
+    given = config_flags.parsed_config(flags.FLAGS)
+    config = given.config
     with errors_as_lines("interrupted; the same command goes on from the last checkpoint"):
         from jepa_jax import device
         from jepa_jax.config import validate
@@ -98,7 +51,7 @@ def _main(argv: Sequence[str]) -> None:
 
         validate(config)
         device.select(config.meta.device)
-        workdir = pathlib.Path(_WORKDIR.value or _default_workdir(config, sys.argv)).expanduser()
+        workdir = pathlib.Path(_WORKDIR.value or _default_workdir(given)).expanduser()
         train_and_evaluate(config, workdir, init_from=_INIT_FROM.value)
         if _REPORT.value:
             _write_report(workdir)

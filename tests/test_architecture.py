@@ -20,9 +20,9 @@ FLOORS = (
     {"checkpoint", "data", "metrics", "models"},
     {"interop", "representation", "sgd_probe", "train_step"},  # pure training and features
     {"config", "evaluation", "runner", "watch"},
-    {"plan"},
+    {"config_flags", "plan"},
     {"api", "train"},
-    {"convert", "evaluate", "report"},
+    {"benchmark", "convert", "evaluate", "report"},
     {"main"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

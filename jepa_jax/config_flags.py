@@ -1,0 +1,120 @@
+"""A config from the command line: --config=FILE.py --config.optim.lr=0.3, for every command.
+
+What absl and ml_collections would show as a traceback is one line on stderr and exit code 2.
+"""
+
+import dataclasses
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from jepa_jax.command import fail
+from jepa_jax.config import known_keys, nearest
+
+_CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+_DEFAULT_CONFIG = _CONFIGS / "cpu.py"
+_HELP = (
+    f"The config file, by default {_DEFAULT_CONFIG.name}; any key is a flag: --config.optim.lr=0.3"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenConfig:
+    """A config and where it came from: the file, and the dotted keys that flags replaced."""
+
+    config: ConfigDict
+    path: str
+    overrides: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The file's name without its ending."""
+        return pathlib.Path(self.path).stem
+
+    def flags(self, **changes: Any) -> list[str]:
+        """The flags with which another process gets the same config, further keys replaced."""
+        overrides = {**self.overrides, **changes}
+        return [
+            f"--config={self.path}",
+            *(f"--config.{key}={value}" for key, value in overrides.items()),
+        ]
+
+
+def given_config(arguments: Sequence[str]) -> GivenConfig:
+    """The config of a command whose other flags are not absl's.
+
+    Args:
+      arguments: the config's flags alone, without the program's name.
+    """
+    flag_values = flags.FlagValues()
+    parse(["", *arguments], flag_values)
+    return parsed_config(flag_values)
+
+
+def parsed_config(flag_values: flags.FlagValues) -> GivenConfig:
+    """What `parse` found."""
+    flag = flag_values["config"]
+    return GivenConfig(
+        flag_values.config,
+        config_flags.get_config_filename(flag),
+        config_flags.get_override_values(flag),
+    )
+
+
+def parse(argv: Sequence[str], flag_values: flags.FlagValues) -> list[str]:
+    """Adds --config to the flags and parses all of them; ends the command on bad input.
+
+    Args:
+      argv: the program's name and its arguments.
+      flag_values: with the command's other flags.
+
+    Returns:
+      the program's name.
+    """
+    if not _config_argument(argv):
+        # ml_collections wants the file before the overrides.
+        argv = [argv[0], f"--config={_DEFAULT_CONFIG}", *argv[1:]]
+    path = pathlib.Path(_config_argument(argv).split(":")[0])
+    config_flags.DEFINE_config_file(
+        "config", None, _HELP, flag_values=flag_values, sys_argv=list(argv)
+    )
+    # Without it --help would not show the flag among the command's own.
+    flag_values.register_key_flag_for_module(sys.argv[0], flag_values["config"])
+    if not path.is_file():
+        near = nearest(path.name, [file.name for file in _CONFIGS.glob("*.py")])
+        fail(f"config file {path} does not exist{near}")
+    # A config may build on its neighbours as `from configs import rapid`, wherever we are called.
+    sys.path.append(str(path.absolute().parent.parent))
+    try:
+        rest = flag_values(list(argv))
+        _ = flag_values.config
+    except Exception as error:  # absl's own, or whatever a person's config file raises
+        fail(_explain(error, argv, path))
+    if len(rest) > 1:
+        fail(f"unexpected argument {rest[1]!r}; overrides look like --config.optim.lr=0.3")
+    return rest
+
+
+def _config_argument(argv: Sequence[str]) -> str:
+    for previous, argument in zip(["", *argv], argv, strict=False):
+        if argument.startswith(("--config=", "-config=")):
+            return argument.split("=", 1)[1]
+        if previous in ("--config", "-config"):
+            return argument
+    return ""
+
+
+def _explain(error: Exception, argv: Sequence[str], path: pathlib.Path) -> str:
+    overrides = [re.match(r"--?config\.([\w.]+)", argument) for argument in argv]
+    for match in filter(None, overrides):
+        if match[1] not in known_keys():
+            return f"config.{match[1]} is not a known key{nearest(match[1], known_keys())}"
+    text = " ".join(str(error).split())
+    if isinstance(error, flags.Error):
+        return text
+    return f"config file {path} cannot be run: {type(error).__name__}: {text}"

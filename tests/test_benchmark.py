@@ -1,0 +1,511 @@
+"""The benchmark: what it times, what it prints, and what it says when it cannot."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from jepa_jax.benchmark import __main__ as command
+from jepa_jax.benchmark import measure, peer, processes, shares, startup, step, sweep, table, timing
+from jepa_jax.benchmark.rates import measure_rates
+from jepa_jax.config_flags import GivenConfig, given_config
+from jepa_jax.errors import ConfigError, TrainingError
+
+# Of ml_collections, when it reads a config file.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+IMAGES = 400
+TINY = [
+    "--config.data.batch_size=100",
+    "--config.data.num_val=80",
+    "--config.model.stage_sizes=(1,1)",
+    "--config.model.width=4",
+    "--config.model.proj_hidden_dim=8",
+    "--config.model.proj_output_dim=8",
+    "--config.optim.name=lars",
+]
+
+
+@pytest.fixture
+def given(tiny_config) -> GivenConfig:
+    return GivenConfig(tiny_config.copy_and_resolve_references(), "configs/cpu.py", {})
+
+
+@pytest.fixture(autouse=True)
+def short_values(monkeypatch):
+    monkeypatch.setattr(step, "_SECONDS_OF_VALUE", 0.02)
+
+
+# --- timing -----------------------------------------------------------------------------------
+
+
+def test_a_spread_keeps_its_values():
+    assert timing.spread([3.0, 1.0, 2.0]) == {
+        "median": 2.0,
+        "min": 1.0,
+        "max": 3.0,
+        "n": 3,
+        "values": [3.0, 1.0, 2.0],
+    }
+
+
+def test_a_sample_warms_up_repeats_and_stops_when_the_budget_is_spent():
+    calls = []
+
+    def work():
+        calls.append(0)
+        return jnp.zeros(())
+
+    assert len(timing.sample(work, repeats=4, min_seconds=0.0)) == 4
+    assert len(calls) == 2 + 4
+    assert len(timing.sample(work, repeats=4, min_seconds=0.0, budget_seconds=0.0)) == 1
+
+
+def test_a_sample_is_the_mean_time_of_one_call(monkeypatch):
+    now = 0.0
+
+    def work():
+        nonlocal now
+        now += 0.03
+        return jnp.zeros(())
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    values = timing.sample(work, repeats=2, min_seconds=0.1)
+    np.testing.assert_allclose(values, [0.03, 0.03])
+    assert now == pytest.approx(0.03 * (2 + 2 * 4))  # 0.1 s takes 4 calls
+
+
+def test_rates_are_positive_and_spread():
+    rates = measure_rates(is_miniature=True)
+    for at in rates["matmul"].values():
+        assert 0 < at["flops_per_second"]["min"] <= at["flops_per_second"]["median"]
+        assert at["flops_per_second"]["n"] == 5
+    assert set(rates["matmul"]) == {"float32", "bfloat16"}
+    assert rates["copy"]["bytes_per_second"]["median"] > 0
+
+
+# --- step and shares --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("augment", ["device", "none"])
+def test_the_step_of_a_run_is_timed_with_everything_beside(tiny_config, augment):
+    plan = step.synthetic_plan(tiny_config, num_images=IMAGES, augment=augment)
+    figures = step.measure_step(plan, repeats=3)
+    assert figures["augment"] == augment
+    assert figures["step_seconds"]["n"] == 3 and figures["step_seconds"]["min"] > 0
+    times = np.array(figures["step_seconds"]["values"])
+    np.testing.assert_allclose(figures["images_per_second"]["values"], 100 / times)
+    assert figures["views_per_second"] == 2 * figures["images_per_second"]["median"]
+    assert figures["model_flops_per_second"] == pytest.approx(
+        figures["counted"]["flops_per_step"] / figures["step_seconds"]["median"]
+    )
+    assert figures["memory"]["host_peak_bytes"] > 1e8
+    assert figures["memory"]["program"]["temp"] > 0
+    assert np.isfinite(figures["loss"]["last"]) and figures["loss"]["first"] > 0
+
+
+def test_a_scanned_and_a_streamed_step_are_timed_as_well(tiny_config):
+    config = tiny_config.copy_and_resolve_references()
+    config.training.scan_steps = 3
+    plan = step.synthetic_plan(config, num_images=IMAGES, augment="none")
+    scanned = step.measure_step(plan, repeats=2)
+    assert scanned["steps_in_a_program"] == 2  # 4 steps in equal pieces of at most 3
+    assert scanned["steps_in_a_value"] % 2 == 0
+    config.training.scan_steps = 0
+    config.data.placement = "stream"
+    plan = step.synthetic_plan(config, num_images=IMAGES, augment="none")
+    streamed = step.measure_step(plan, repeats=2)
+    assert streamed["placement"] == "stream"
+    assert streamed["loss"]["first"] == pytest.approx(scanned["loss"]["first"], abs=1.0)
+
+
+def test_fixed_views_hold_the_same_images_in_two_orders():
+    images = jnp.asarray(step.synthetic_dataset(50).train_images[:6])
+    first, second = step.fixed_views(jax.random.key(0), images)
+    assert np.array_equal(first, second[::-1])
+    assert not np.array_equal(first, second)
+    np.testing.assert_allclose(first, np.asarray(images) / 255, rtol=1e-6)
+
+
+def test_synthetic_images_are_the_same_every_time():
+    one, other = step.synthetic_dataset(50), step.synthetic_dataset(50)
+    assert np.array_equal(one.train_images, other.train_images)
+    assert one.train_images.shape == (50, 32, 32, 3) and len(one.test_images) == 10
+
+
+def test_a_loss_that_is_not_finite_is_an_error_and_no_figure(tiny_config):
+    config = tiny_config.copy_and_resolve_references()
+    config.update({"loss": {"std_coeff": 3e38, "cov_coeff": 3e38}})
+    plan = step.synthetic_plan(config, num_images=IMAGES, augment="none")
+    with pytest.raises(TrainingError, match="the loss became"):
+        step.measure_step(plan, repeats=2)
+
+
+def test_every_part_of_a_step_has_its_share(tiny_config):
+    plan = step.synthetic_plan(tiny_config, num_images=IMAGES, augment="device")
+    result = shares.step_shares(plan, step_seconds=0.5)
+    assert set(result["parts"]) == {
+        *("input", "augment", "forward", "loss", "backward", "optimizer", "online probe")
+    }
+    for part in result["parts"].values():
+        assert part["share"] == part["median"] / 0.5
+    assert result["sum"] == sum(part["share"] for part in result["parts"].values())
+    whole = result["parts"]["backward"]["forward_loss_and_backward"]["median"]
+    alone = sum(result["parts"][name]["median"] for name in ("forward", "loss"))
+    assert result["parts"]["backward"]["median"] == max(whole - alone, 0.0)
+
+
+def test_what_follows_an_epoch_has_its_share(tiny_config):
+    plan = step.synthetic_plan(tiny_config, num_images=IMAGES, augment="device")
+    result = shares.epoch_shares(plan, images_per_second=1000.0)
+    assert result["epoch_seconds"] == 50.0
+    parts = result["parts"]
+    for part in parts.values():
+        assert part["share"] == part["median"] / 50.0 > 0
+    blocking, whole = parts["checkpoint, blocking"], parts["checkpoint, until whole"]
+    assert blocking["n"] == 5 and blocking["median"] < whole["median"]
+
+
+# --- start-up ---------------------------------------------------------------------------------
+
+
+SPEAKS = """
+import os, pathlib, sys, time
+cache = pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+print("first step 0.5 s after the command began", flush=True)
+cache.mkdir(exist_ok=True)
+time.sleep(60)
+"""
+
+
+def test_the_first_step_is_waited_for_and_the_process_ended(tmp_path):
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    found = startup.first_step_seconds(["-c", SPEAKS], environment, tmp_path)
+    assert found["said"] == 0.5 and found["seconds"] > 0
+
+
+def test_a_command_that_ends_before_its_first_step_says_why(tmp_path):
+    silent = "import sys; sys.exit('error: no dataset')"
+    with pytest.raises(processes.MeasurementError, match="before its first step .no dataset."):
+        startup.first_step_seconds(["-c", silent], {}, tmp_path)
+
+
+def test_a_command_that_never_gets_there_is_ended(tmp_path):
+    with pytest.raises(processes.MeasurementError, match="before its first step .exit code -15."):
+        startup.first_step_seconds(["-c", "import time; time.sleep(60)"], {}, tmp_path, 0.5)
+
+
+def test_cold_and_warm_launches_share_one_cache(monkeypatch):
+    launches = []
+
+    def launch(arguments, environment, folder):
+        launches.append((arguments, environment))
+        return {"seconds": float(len(launches)), "said": 0.1}
+
+    monkeypatch.setattr(startup, "first_step_seconds", launch)
+    result = startup.measure_startup(["--config=c.py"])
+    assert result["cold"] == {"seconds": 1.0, "said": 0.1, "n": 1}
+    assert result["warm"]["values"] == [2.0, 3.0, 4.0]
+    assert len({environment["JAX_COMPILATION_CACHE_DIR"] for _, environment in launches}) == 1
+    workdirs = {arguments[-2] for arguments, _ in launches}
+    assert len(workdirs) == 4
+
+
+# --- other processes --------------------------------------------------------------------------
+
+
+def test_the_last_line_is_read_as_json():
+    assert processes.run_json(["-c", "print('words'); print('{\"a\": 1}')"]) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("import sys; sys.exit('error: two\\nlines')", "two"),
+        ("raise ValueError('x')", "ValueError: x"),
+        ("import os; os.kill(os.getpid(), 9)", "exit code -9"),
+        ("pass", "printed no JSON"),
+    ],
+)
+def test_a_process_that_fails_is_one_line_in_its_own_words(code, words):
+    with pytest.raises(processes.MeasurementError, match=words) as caught:
+        processes.run_json(["-c", code])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_process_that_takes_too_long_is_ended():
+    with pytest.raises(processes.MeasurementError, match="took longer than 1 s"):
+        processes.run_json(["-c", "import time; time.sleep(60)"], timeout=1)
+
+
+# --- sweep ------------------------------------------------------------------------------------
+
+
+def measured(batch_size, seconds, platform="gpu", peak=2e9):
+    return {
+        "environment": {"platform": platform, "device": "one"},
+        "step": {
+            "batch_size": batch_size,
+            "dtype": "float32",
+            "step_seconds": timing.spread([seconds] * 3),
+            "images_per_second": timing.spread([batch_size / seconds] * 3),
+            "model_flops_per_second": 1e12,
+            "memory": {"device_peak_bytes": peak, "host_peak_bytes": 1e9},
+        },
+    }
+
+
+def test_a_point_changes_one_key(given, monkeypatch):
+    calls = []
+    monkeypatch.setattr(sweep, "run_json", lambda command, **_: calls.append(command) or {})
+    sweep.measure_point(given, "batch", 128, smallest=None)
+    sweep.measure_point(given, "dim", 1024, smallest=None)
+    assert "--config.data.batch_size=128" in calls[0]
+    assert "--config.model.proj_output_dim=1024" in calls[1]
+    assert not any("batch_size" in word for word in calls[1])
+
+
+def test_a_point_that_does_not_fit_is_a_row_and_another_failure_is_not(given, monkeypatch):
+    def fails(words):
+        def run(*_, **__):
+            raise processes.MeasurementError(words)
+
+        return run
+
+    monkeypatch.setattr(sweep, "run_json", fails("needs 90.0 GiB and the device has 80.0 GiB"))
+    row = sweep.measure_point(given, "batch", 8192, smallest=None)
+    assert row["measured"] is None and row["reason"].startswith("does not fit: needs 90.0 GiB")
+    monkeypatch.setattr(sweep, "run_json", fails("no such dataset"))
+    with pytest.raises(processes.MeasurementError, match="no such dataset"):
+        sweep.measure_point(given, "batch", 8192, smallest=None)
+
+
+def test_on_a_cpu_a_step_of_minutes_is_estimated_and_not_run(given, monkeypatch):
+    monkeypatch.setattr(sweep, "run_json", lambda *_, **__: {"measured": "it was run"})
+    slow = {"measured": measured(128, 2.0, platform="cpu")}
+    row = sweep.measure_point(given, "batch", 8192, smallest=slow)
+    assert row["measured"] is None and row["reason"] == "not measured: estimated 128 s a step"
+    assert sweep.measure_point(given, "batch", 2048, smallest=slow)["measured"]
+    on_gpu = {"measured": measured(128, 2.0)}
+    assert sweep.measure_point(given, "batch", 8192, smallest=on_gpu)["measured"]
+
+
+def test_the_tables_of_a_sweep():
+    rows = [
+        {"kind": "batch", "value": 128, "measured": measured(128, 0.2), "reason": ""},
+        {"kind": "batch", "value": 512, "measured": measured(512, 0.4), "reason": ""},
+        {"kind": "batch", "value": 8192, "measured": None, "reason": "does not fit: 9 GiB"},
+        {"kind": "dim", "value": 512, "measured": measured(96, 0.1), "reason": ""},
+    ]
+    matmul = {"float32": {"flops_per_second": {"median": 4e12}}}
+    batch, dim = sweep.sweep_tables(rows, matmul)
+    text = table.as_text(batch)
+    assert [row[0] for row in batch.rows] == ["128", "512", "8192"]
+    assert batch.rows[0][3] == "2" and batch.rows[1][3] == "1"  # 1.5625 ms and 0.78 ms an image
+    assert batch.rows[0][4] == "25.0 %" and batch.rows[0][5] == "2.00 GB"
+    assert batch.rows[2][1] == "not measured" and "does not fit: 9 GiB" in text
+    assert dim.rows[0][3] == "-"
+
+
+def test_the_sweep_as_a_command_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
+    def run(arguments, **_):
+        if "--measure-rates" in arguments:
+            rate = {"flops_per_second": {"median": 4e12}}
+            return {"rates": {"matmul": {"float32": rate}}}
+        if "--config.data.batch_size=1024" in arguments:
+            raise processes.MeasurementError("it broke")
+        return measured(100, 0.2)
+
+    monkeypatch.setattr(sweep, "run_json", run)
+    out = tmp_path / "sweep.json"
+    command.main([*TINY, "--sweep", f"--out={out}"])
+    text, rows = capsys.readouterr().out, json.loads(out.read_text())["rows"]
+    assert [row["value"] for row in rows] == [*sweep.BATCH_SIZES, *sweep.DIMS]
+    assert [row["value"] for row in rows if not row["measured"]] == [1024]
+    assert "1024: it broke" in text and "Over Embedding dimension D" in text
+
+
+# --- the peer ---------------------------------------------------------------------------------
+
+
+def make_peer(given, tmp_path):
+    return peer.Peer(given, tmp_path, python="py", num_images=IMAGES, num_workers=2)
+
+
+def test_the_peer_is_told_the_recipe(given, tmp_path):
+    sides = make_peer(given, tmp_path)
+    recipe = json.loads((tmp_path / "recipe.json").read_text())
+    assert recipe == sides.recipe()
+    assert recipe["batch_size"] == 100 and recipe["stage_sizes"] == [1, 1]
+    assert recipe["optimizer"] == "lars" and sides.note == ""
+
+
+def test_an_optimizer_that_the_peer_lacks_is_replaced_on_both_sides(given, tmp_path, monkeypatch):
+    given.config.optim.name = "muon"
+    sides, calls = make_peer(given, tmp_path), []
+    monkeypatch.setattr(peer, "run_json", lambda command, **_: calls.append(command) or {})
+    sides.ours("float32", "none")
+    assert "muon is replaced by lars on both sides" in sides.note
+    assert "--config.optim.name=lars" in calls[0]
+    assert sides.recipe()["optimizer"] == "lars"
+
+
+def test_pairs_alternate_and_give_the_ratio_of_medians(given, tmp_path, monkeypatch):
+    calls = []
+
+    def run(command, **options):
+        is_theirs = "benchmarks.torch_peer" in command
+        calls.append("theirs" if is_theirs else "ours")
+        assert options["environment"] == {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        if is_theirs:
+            assert options["python"] == "py"
+            speed = 200.0 if "compile" in command and "channels_last" in command else 100.0
+            return {"images_per_second": [speed, speed, 1.0]}
+        figures = measured(100, 0.25)["step"]
+        return {"step": figures}
+
+    monkeypatch.setattr(peer, "run_json", run)
+    result = peer.run_peer(make_peer(given, tmp_path))
+    assert len(result["screening"]) == 8
+    pairs = [
+        side for ratio in peer.RATIOS for _ in range(peer.PAIRS) for side in ("ours", "theirs")
+    ]
+    assert calls[-len(pairs) :] == pairs
+    for at in result["ratios"].values():
+        assert at["ratio"]["values"] == [400 / 200] * 5
+        assert at["variant"].endswith("compile-channels_last")
+    text = table.as_text(result["tables"][1])
+    assert "2 (2-2)" in text and "loader" in text
+
+
+def test_a_peer_that_cannot_run_is_named_and_the_rest_is_measured(given, tmp_path, monkeypatch):
+    def run(command, **_):
+        if "benchmarks.torch_peer" not in command:
+            return {"step": measured(100, 0.25)["step"]}
+        if "bfloat16" in command:
+            raise processes.MeasurementError("no bfloat16 here")
+        return {"images_per_second": [100.0]}
+
+    monkeypatch.setattr(peer, "run_json", run)
+    result = peer.run_peer(make_peer(given, tmp_path))
+    assert set(result["ratios"]) == {"float32-device", "float32-none"}
+    assert set(result["failed"]["ratios"]) == {
+        *("bfloat16-device", "bfloat16-loader", "bfloat16-none")
+    }
+    screening, ratios = map(table.as_text, result["tables"])
+    assert "no bfloat16 here" in screening and "not measured" in screening
+    assert "no variant of the peer ran in bfloat16" in ratios
+
+
+def test_the_peer_as_a_command(tmp_path, monkeypatch, capsys):
+    def run(arguments, **_):
+        is_theirs = "benchmarks.torch_peer" in arguments
+        return {"images_per_second": [200.0]} if is_theirs else measured(100, 0.25)
+
+    monkeypatch.setattr(peer, "run_json", run)
+    monkeypatch.setattr(peer, "require_torch", lambda python: None)
+    out = tmp_path / "peer.json"
+    command.main(["--peer=torch", f"--out={out}"])
+    text, content = capsys.readouterr().out, json.loads(out.read_text())
+    assert "Beside PyTorch" in text and "muon is replaced by lars" in text
+    assert content["ratios"]["bfloat16-loader"]["ratio"]["n"] == 5
+    assert content["note"].startswith("muon is replaced")
+
+
+def test_without_pytorch_the_peer_is_one_line(monkeypatch):
+    monkeypatch.setattr(peer, "has_torch", lambda python: False)
+    with pytest.raises(ConfigError, match="PyTorch is not installed in py: pip install"):
+        peer.require_torch("py")
+
+
+def test_a_python_that_is_not_there_is_one_line():
+    with pytest.raises(ConfigError, match="cannot be run"):
+        peer.require_torch("/no/such/python")
+
+
+# --- tables -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1234567.0, "1,234,567"),
+        (123.4, "123"),
+        (12.34, "12.3"),
+        (0.001234, "0.00123"),
+        (0.0000123, "0.000012"),
+        (None, "not measured"),
+    ],
+)
+def test_numbers_have_three_digits(value, text):
+    assert table.number(value) == text
+
+
+def test_a_table_in_both_forms():
+    shown = table.Table("Title", ("", "a"), [["one", "2"], ["three", "40"]], "note")
+    assert table.as_text(shown) == "Title\n        a\none     2\nthree  40\nnote"
+    assert "| three | 40 |" in table.as_markdown(shown)
+    assert table.as_markdown(shown).startswith("### Title\n\n|  | a |\n| --- | --- |\n")
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+def test_one_config_from_command_to_json(tmp_path, capsys):
+    out = tmp_path / "folder" / "cpu.json"
+    small = ["--miniature", "--no-startup", f"--images={IMAGES}", f"--out={out}"]
+    command.main([*TINY, *small])
+    content, text = json.loads(out.read_text()), capsys.readouterr().out
+    assert content["schema_version"] == measure.SCHEMA_VERSION
+    assert content["environment"]["versions"]["jax"] == jax.__version__
+    assert content["config"]["model.width"] == 4
+    for title in ("A step of 100 images", "Roofline", "Shares of a step", "After an epoch"):
+        assert title in text
+    assert "From the command to its first step" in text and "not measured" in text
+    assert content["startup"] == {"error": "--no-startup"}
+    assert content["roofline"]["xla"]["flops_per_step"] > 0
+    rate = content["rates"]["matmul"]["float32"]["flops_per_second"]["median"]
+    share = content["step"]["model_flops_per_second"] / rate
+    assert content["step"]["share_of_matmul_rate"] == pytest.approx(share)
+
+
+def test_the_step_as_a_line_of_json(capsys):
+    command.main([*TINY, "--measure-step", f"--images={IMAGES}", "--repeats=2", "--augment=none"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["step"]["batch_size"] == 100 and figures["step"]["augment"] == "none"
+
+
+BAD_INPUT = {
+    "misspelt flag": (["--swep"], "swep"),
+    "stray word": (["rapid"], "unexpected argument 'rapid'"),
+    "two kinds": (["--sweep", "--suite"], "not allowed with"),
+    "suite without a folder": (["--suite"], "--suite needs --out DIR"),
+    "no images": (["--images=0"], "at least 1"),
+    "no minutes": (["--suite", "--out=x", "--minutes=0"], "--minutes must be above 0"),
+    "missing config": (["--config=configs/rapd.py"], "did you mean rapid.py?"),
+    "unknown key": (["--config.optim.lrr=1"], "did you mean optim.lr?"),
+    "wrong value": (["--config.optim.lr=-1"], "config.optim.lr must be above 0"),
+    "batch above images": (["--images=50", *TINY, "--measure-step"], "larger than the 50"),
+    "unknown peer": (["--peer=tensorflow"], "invalid choice"),
+    "python that is not there": (["--peer=torch", "--peer-python=/no/python"], "cannot be run"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
+def test_bad_input_is_one_line_and_exit_code_2(arguments, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        command.main(arguments)
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and words in line
+
+
+def test_a_config_by_flags_can_be_handed_on():
+    given = given_config([*TINY, "--config.optim.lr=0.5"])
+    assert isinstance(given.config, ConfigDict) and given.config.optim.lr == 0.5
+    again = given_config(given.flags(**{"optim.lr": 0.25}))
+    assert again.config.optim.lr == 0.25 and again.config.model.stage_sizes == (1, 1)
+    assert again.name == "cpu"
