@@ -2,6 +2,9 @@
 
 import argparse
 import contextlib
+import os
+import pathlib
+import platform
 import signal
 import sys
 from collections.abc import Iterator
@@ -26,6 +29,30 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message}; {self.prog} --help says more")
+
+
+_HUGE_PAGES = "glibc.malloc.hugetlb=1"
+_THP = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def with_huge_pages() -> None:
+    """Starts this process anew, once, with an allocator that asks Linux for huge pages.
+
+    XLA allocates its buffers anew in every step, and on a CPU some tenth of a step goes into
+    page faults of 4 KiB (docs/performance.md). glibc reads the setting when a process starts.
+    Nothing is done where it would change nothing: without glibc, or where the kernel gives huge
+    pages to nobody or to everybody.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if "glibc.malloc.hugetlb" in tunables or platform.libc_ver()[0] != "glibc":
+        return
+    try:
+        is_on_request = "[madvise]" in _THP.read_text()
+    except OSError:
+        return
+    if is_on_request:
+        os.environ["GLIBC_TUNABLES"] = f"{tunables}:{_HUGE_PAGES}".strip(":")
+        os.execv(sys.executable, sys.orig_argv)
 
 
 @contextlib.contextmanager

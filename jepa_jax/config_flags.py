@@ -10,11 +10,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from jepa_jax.command import fail
-from jepa_jax.config import known_keys, nearest
+from jepa_jax.config import compute_dtype, known_keys, nearest
+from jepa_jax.progress import say
 
 _CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 _DEFAULT_CONFIG = _CONFIGS / "cpu.py"
@@ -98,6 +101,21 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues) -> list[str]:
     if len(rest) > 1:
         fail(f"unexpected argument {rest[1]!r}; overrides look like --config.optim.lr=0.3")
     return rest
+
+
+def fit_to_device(given: GivenConfig) -> None:
+    """On a CPU, computes in float32 where the file says bfloat16 and no flag asks for it.
+
+    XLA's bfloat16 convolutions are float32 ones there, between conversions: no faster, and
+    coarser (docs/performance.md). Starts JAX's backend.
+    """
+    asked = {"training.use_amp", "training.dtype"} & set(given.overrides)
+    if jax.default_backend() == "cpu" and compute_dtype(given.config) is jnp.bfloat16 and not asked:
+        given.config.training.use_amp = False
+        say(
+            f"{'note':<10}computing in float32: on a CPU bfloat16 is no faster; "
+            "--config.training.use_amp=True computes in it all the same"
+        )
 
 
 def _config_argument(argv: Sequence[str]) -> str:

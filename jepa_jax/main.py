@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from jepa_jax import config_flags
-from jepa_jax.command import errors_as_lines
+from jepa_jax.command import errors_as_lines, with_huge_pages
 
 _WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -21,6 +21,9 @@ _WORKDIR = flags.DEFINE_string(
     "and the overrides, in $EBJEPA_CKPTS or runs/.",
 )
 _REPORT = flags.DEFINE_bool("report", True, "Whether to write report.html at the end.")
+_PROFILE = flags.DEFINE_bool(
+    "profile", False, "Whether to write a trace of a few steps to WORKDIR/profile."
+)
 _INIT_FROM = flags.DEFINE_string("init_from", "", "Another run's folder, to start from.")
 
 
@@ -51,8 +54,9 @@ def _main(argv: Sequence[str]) -> None:
 
         validate(config)
         device.select(config.meta.device)
+        config_flags.fit_to_device(given)
         workdir = pathlib.Path(_WORKDIR.value or _default_workdir(given)).expanduser()
-        train_and_evaluate(config, workdir, init_from=_INIT_FROM.value)
+        train_and_evaluate(config, workdir, init_from=_INIT_FROM.value, profile=_PROFILE.value)
         if _REPORT.value:
             _write_report(workdir)
 
@@ -73,4 +77,5 @@ def _write_report(workdir: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
+    with_huge_pages()
     app.run(_main, flags_parser=_parse)

@@ -136,10 +136,14 @@ class Stopwatch:
         self._total += seconds
 
     @property
+    def running(self) -> float:
+        """Seconds of the stretch under way."""
+        return time.perf_counter() - self._start
+
+    @property
     def seconds(self) -> float:
         """The total so far."""
-        running = time.perf_counter() - self._start if self._start is not None else 0.0
-        return self._total + running
+        return self._total + (self.running if self._start is not None else 0.0)
 
 
 class Phases:

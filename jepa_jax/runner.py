@@ -59,6 +59,9 @@ class Runner:
       scan_steps: steps of one program (resident data only); 1 is a loop of jitted steps, the
         faster way on a CPU, where a convolution inside a scan takes a slow path. An epoch is cut
         into equal pieces of at most this many steps.
+
+    Attributes:
+      program: the compiled piece.
     """
 
     def __init__(
@@ -93,10 +96,10 @@ class Runner:
             function = train_step
             inputs = (batch, jax.ShapeDtypeStruct((batch_size,), jnp.int32))
         jitted = jax.jit(function, donate_argnums=0)
-        self._program = jitted.lower(state, *inputs, hparams).compile()
+        self.program = jitted.lower(state, *inputs, hparams).compile()
         # The loop's program sees a batch, not the images that lie beside it.
         beside = images.nbytes if placement == "device" and self._piece == 1 else 0
-        check_memory(self._program, batch_size, beside)
+        check_memory(self.program, batch_size, beside)
 
     def run(self, state: TrainState, order: np.ndarray) -> Iterator[tuple[TrainState, Any, int]]:
         """Runs the steps of `order [S, B]`, dataset indices.
@@ -109,7 +112,7 @@ class Runner:
             yield from self._run_scanned(state, order)
             return
         for images, labels in self._batches(order):
-            state, metrics = self._program(state, images, labels, self._hparams)
+            state, metrics = self.program(state, images, labels, self._hparams)
             yield state, metrics, 1
 
     def _run_scanned(self, state, order):
@@ -117,7 +120,7 @@ class Runner:
             rows = order[start : start + self._piece]
             padded = np.full((self._piece, order.shape[1]), -1, np.int32)
             padded[: len(rows)] = rows
-            state, metrics = self._program(
+            state, metrics = self.program(
                 state, *self._resident, jax.device_put(padded), self._hparams
             )
             yield state, metrics, len(rows)

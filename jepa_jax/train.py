@@ -41,6 +41,7 @@ from jepa_jax.plan import (
     training_labels,
 )
 from jepa_jax.probes import accuracy
+from jepa_jax.profile import Profile
 from jepa_jax.progress import Phases, Progress, Stopwatch, print_summary, say
 from jepa_jax.representation import extract_features, reestimate_batch_stats, split_validation
 from jepa_jax.runner import Runner
@@ -61,7 +62,8 @@ _TERM_OF = {"sim_coeff": "invariance_loss", "std_coeff": "var_loss", "cov_coeff"
 # --- steps ------------------------------------------------------------------------------------
 
 
-def _make_runner(plan: Plan, state: TrainState) -> Runner:
+def make_runner(plan: Plan, state: TrainState) -> Runner:
+    """The compiled step of a plan; `state` gives shapes alone."""
     train_step = make_train_step(
         plan.encoder.model,
         augment_fn=plan.augment_fn,
@@ -125,6 +127,7 @@ def _train_epoch(loop: "_Loop", runner: Runner, state: TrainState) -> TrainState
         progress["last_lr"] = float(metrics["lr"][-1])
         nonlocal last
         now = time.perf_counter()
+        loop.say_first_step()
         bar.update(count, now - last, float(metrics["loss"][-1]))
         bar.expect(count, now - last, plan.num_steps - done)
         last = now
@@ -139,6 +142,7 @@ def _train_epoch(loop: "_Loop", runner: Runner, state: TrainState) -> TrainState
             if pending is not None:
                 collect(*pending)
             pending = (metrics, count)
+            loop.profile.piece_done(state.step, count)
             if loop.stop.signal_number:
                 break
     if pending is not None:
@@ -343,8 +347,6 @@ def _print_header(plan: Plan, state: TrainState, progress: dict[str, Any]) -> No
         say(f"{name:<10}{text}")
     if warning:
         say(f"{'warning':<10}{warning}")
-    if jax.default_backend() == "cpu" and compute_dtype(config) is jnp.bfloat16:
-        say(f"{'note':<10}bfloat16 is emulated here; config.training.use_amp=False may be faster")
 
 
 # --- the whole ---------------------------------------------------------------------------------
@@ -374,7 +376,19 @@ class _Loop:
     writer: MetricsWriter
     bar: Progress
     stop: StopRequest
+    profile: Profile
     untrained: dict[str, Any]
+    has_stepped: bool = False
+
+    def say_first_step(self) -> None:
+        """Says how long the start took, once the first steps of this process are done."""
+        if not self.has_stepped:
+            self.has_stepped = True
+            compiling = self.phases.seconds["compile"]
+            say(
+                f"first step {self.session.running:.1f} s after the start, {compiling:.1f} s of "
+                "them for compiling it"
+            )
 
     @functools.cached_property
     def watch(self) -> Watch:
@@ -405,11 +419,12 @@ def _train(
     checkpoints: checkpoint.Checkpoints,
     session: Stopwatch,
     phases: Phases,
+    profile: bool,
 ) -> tuple[TrainState, dict[str, Any]]:
     """The epochs: steps, online evaluation, checkpoints, and a saved stop on a signal."""
     say(f"{'compiling':<10}the training step")
     with phases("compile"):
-        runner = _make_runner(plan, state)
+        runner = make_runner(plan, state)
     config = plan.config
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(
@@ -428,7 +443,9 @@ def _train(
         bar = Progress(int(state.step), plan.num_steps, config.data.batch_size, silent=silent)
         stack.callback(bar.close)
         clock = Stopwatch(progress["train_seconds"])
-        loop = _Loop(plan, progress, session, clock, phases, writer, bar, stop, untrained)
+        trace = Profile(plan.workdir / "profile" if profile else None)
+        stack.callback(trace.close)
+        loop = _Loop(plan, progress, session, clock, phases, writer, bar, stop, trace, untrained)
         stop.deferring = True
         while not _is_over(plan, progress):
             state = _train_epoch(loop, runner, state)
@@ -478,6 +495,7 @@ def train_and_evaluate(
     encoder: nn.Module | ModelFns | None = None,
     augment_fn: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None,
     init_from: str | None = None,
+    profile: bool = False,
 ) -> TrainState:
     """Pretrains, evaluates, and writes everything to `workdir`; resumes what it finds there.
 
@@ -490,6 +508,7 @@ def train_and_evaluate(
       encoder: a Linen module called as encoder(images, train) -> h [B, F], or a `ModelFns`.
       augment_fn: (key, images uint8 [B, H, W, 3]) -> (x1, x2) in [0, 1], in place of `two_views`.
       init_from: another run's workdir, whose parameters the run starts from.
+      profile: whether to write a trace of a few steps to workdir/profile, see `profile.Profile`.
 
     Returns:
       the state after the last step.
@@ -517,7 +536,9 @@ def train_and_evaluate(
         if plan.config.logging.stop_on_collapse and progress["collapse"]:
             raise TrainingError(_collapsed(plan, progress["collapse"], int(state.step)))
         if not _is_over(plan, progress):
-            state, progress = _train(plan, state, untrained, progress, checkpoints, session, phases)
+            state, progress = _train(
+                plan, state, untrained, progress, checkpoints, session, phases, profile
+            )
     summary_path = workdir / "summary.json"
     if summary_path.exists():
         summary = read_json(summary_path)

@@ -158,7 +158,10 @@ def _probe_loss(probe_params, h, labels):
     return jnp.sum(losses * is_labelled) / count, jnp.sum(hits * is_labelled) / count
 
 
-def _update_probe(probe: Probe | None, h, labels, hparams) -> tuple[Probe | None, Metrics]:
+def update_probe(
+    probe: Probe | None, h: jax.Array, labels: jax.Array, hparams: HParams
+) -> tuple[Probe | None, Metrics]:
+    """One step of the online probe on h [B, F]; no gradient reaches h."""
     if probe is None:
         return None, {}
     grad_fn = jax.value_and_grad(_probe_loss, has_aux=True)
@@ -232,7 +235,7 @@ def make_train_step(
             )
             params = optax.apply_updates(state.params, updates)
         with jax.named_scope("probe"):
-            probe, probe_metrics = _update_probe(state.probe, h, labels, hparams)
+            probe, probe_metrics = update_probe(state.probe, h, labels, hparams)
         metrics = {
             "loss": loss,
             **terms,

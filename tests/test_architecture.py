@@ -17,7 +17,7 @@ PACKAGE = pathlib.Path(jepa_jax.__file__).parent
 FLOORS = (
     {"errors"},
     {"augment", "health", "losses", "optim", "probes", "command", "device", "progress", "signals"},
-    {"checkpoint", "data", "metrics", "models"},
+    {"checkpoint", "data", "metrics", "models", "profile"},
     {"interop", "representation", "sgd_probe", "train_step"},  # pure training and features
     {"config", "evaluation", "runner", "watch"},
     {"config_flags", "plan"},

@@ -12,8 +12,8 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from jepa_jax.command import Parser, errors_as_lines
-from jepa_jax.config_flags import GivenConfig, given_config
+from jepa_jax.command import Parser, errors_as_lines, with_huge_pages
+from jepa_jax.config_flags import GivenConfig, fit_to_device, given_config
 from jepa_jax.errors import ConfigError
 from jepa_jax.metrics import write_json
 from jepa_jax.progress import say
@@ -80,6 +80,7 @@ def _measure_step(arguments: argparse.Namespace, given: GivenConfig) -> None:
     from jepa_jax.benchmark import measure, step
 
     device.select(given.config.meta.device)
+    fit_to_device(given)
     plan = step.synthetic_plan(given.config, num_images=arguments.images, augment=arguments.augment)
     figures = step.measure_step(plan, repeats=arguments.repeats)
     content = measure.document("one step", environment=measure.environment(), step=figures)
@@ -180,4 +181,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    with_huge_pages()
     main()

@@ -28,7 +28,7 @@ from jepa_jax.benchmark.table import (
     with_range,
 )
 from jepa_jax.config import flatten, validate
-from jepa_jax.config_flags import GivenConfig
+from jepa_jax.config_flags import GivenConfig, fit_to_device
 from jepa_jax.errors import JepaError
 from jepa_jax.plan import Plan, initial_state
 from jepa_jax.progress import say
@@ -75,7 +75,7 @@ def document(what: str, **content: Any) -> dict[str, Any]:
 def _xla_counts(plan: Plan) -> dict[str, float] | None:
     """FLOPs and bytes of one step by XLA's analysis of the compiled program."""
     single = dataclasses.replace(plan, scan_steps=1)
-    analysis = make_runner(single, initial_state(single))._program.cost_analysis()
+    analysis = make_runner(single, initial_state(single)).program.cost_analysis()
     if not analysis:
         return None
     return {
@@ -106,6 +106,7 @@ def measure_config(
             started = {"error": str(error)}
             say(f"{'note':<10}{error}")
     device.select(given.config.meta.device)
+    fit_to_device(given)
     plan = synthetic_plan(given.config, num_images=num_images, augment="device")
     say(f"{'measuring':<10}the step, on {device.describe()}")
     step = measure_step(plan)

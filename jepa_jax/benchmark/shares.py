@@ -20,8 +20,7 @@ from jepa_jax.models import normalize
 from jepa_jax.optim import create_optimizer
 from jepa_jax.plan import Plan, clean_images, initial_state, training_labels
 from jepa_jax.representation import extract_features
-from jepa_jax.train_step import _update_probe as update_probe
-from jepa_jax.train_step import learning_rate, probe_logits, stream_key
+from jepa_jax.train_step import learning_rate, probe_logits, stream_key, update_probe
 from jepa_jax.watch import Watch
 
 # The online probe is read on so many images after every epoch: 5,000 of val, 10,000 of test.

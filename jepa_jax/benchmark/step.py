@@ -19,7 +19,7 @@ from jepa_jax.config import compute_dtype, validate
 from jepa_jax.data import Dataset, epoch_order, from_arrays
 from jepa_jax.errors import TrainingError
 from jepa_jax.plan import Plan, initial_state, make_plan
-from jepa_jax.train import _make_runner as make_runner
+from jepa_jax.train import make_runner
 from jepa_jax.train_step import TrainState, stream_key
 
 NUM_IMAGES, NUM_TEST, _NUM_CLASSES = 50_000, 10_000, 10
@@ -167,6 +167,6 @@ def measure_step(plan: Plan, *, repeats: int = REPEATS) -> dict[str, Any]:
         "views_per_second": 2 * images_per_second["median"],
         "counted": counted,
         "model_flops_per_second": counted["flops_per_image"] * images_per_second["median"],
-        "memory": {**peak_memory(), "program": _program_memory(runner._program)},
+        "memory": {**peak_memory(), "program": _program_memory(runner.program)},
         "loss": {"first": first_loss, "last": losses[-1]},
     }
