@@ -65,6 +65,7 @@ def get_config() -> ConfigDict:
     config.training = ConfigDict()
     config.training.use_amp = True  # False computes in float32
     config.training.dtype = "bfloat16"
+    config.training.remat = False  # new; True computes activations twice and keeps few of them
     config.training.scan_steps = 0  # new; steps of one compiled program; 0 chooses, 1 is a loop
     config.training.early_stop_epochs = 0  # new; stop after so many without a better val accuracy
 

@@ -90,6 +90,7 @@ _KEYS = {
     "optim.probe_lr": _POSITIVE,
     "training.use_amp": _FLAG,
     "training.dtype": _one_of(*_DTYPES),
+    "training.remat": _FLAG,
     "training.scan_steps": _at_least(0),
     "training.early_stop_epochs": _at_least(0),
     "logging.log_wandb": _FLAG,
@@ -206,6 +207,7 @@ def create_encoder(config: ConfigDict, encoder: nn.Module | ModelFns | None = No
                 stem_padding=model.stem_padding,
                 stem_pool=model.stem_pool,
                 dtype=dtype,
+                remat=config.training.get("remat", False),
             )
         projector = None
         if model.use_projector:

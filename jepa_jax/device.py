@@ -17,7 +17,7 @@ from jepa_jax.errors import ConfigError
 
 # XLA hands a CPU's convolutions to YNNPACK, which computes their gradients at half Eigen's speed
 # (docs/performance.md). It still gets products and sums. An unknown flag ends the process, so this
-# one is for the versions it was tried with.
+# one is for the versions it was tried with (0.10.2 and 0.12.0) and what lies between.
 _XLA_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 _XLA_FLAG_VALUE = "-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
 _FLAG_VERSIONS = ((0, 10), (0, 13))
@@ -56,6 +56,8 @@ def _choose_convolutions() -> None:
 
 
 def _keep_compiled_programs() -> None:
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _CACHED_FROM_SECONDS)
     if jax.config.jax_compilation_cache_dir is not None:
         return
     root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
@@ -67,7 +69,6 @@ def _keep_compiled_programs() -> None:
         return
     if os.access(folder, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", _CACHED_FROM_SECONDS)
 
 
 def _processor_features() -> bytes:

@@ -12,7 +12,7 @@ _FIRST_PIECE, _NUM_STEPS = 3, 5
 
 
 class Profile:
-    """Traces the first steps from the third piece on, and then never again.
+    """Traces the steps that follow the third piece, five or a whole piece, and then no more.
 
     In the trace every operation carries the scope it comes from: augment, encoder and projector,
     loss, optimizer, probe.

@@ -62,6 +62,7 @@ class Runner:
 
     Attributes:
       program: the compiled piece.
+      piece: how many steps it runs.
     """
 
     def __init__(
@@ -87,9 +88,9 @@ class Runner:
                 )
             self._resident = jax.device_put((np.asarray(images[:]), labels))
         num_pieces = math.ceil(steps_per_epoch / scan_steps)
-        self._piece = math.ceil(steps_per_epoch / num_pieces)
-        if self._piece > 1:
-            indices = jax.ShapeDtypeStruct((self._piece, batch_size), jnp.int32)
+        self.piece = math.ceil(steps_per_epoch / num_pieces)
+        if self.piece > 1:
+            indices = jax.ShapeDtypeStruct((self.piece, batch_size), jnp.int32)
             function, inputs = make_train_epoch(train_step), (*self._resident, indices)
         else:
             batch = jax.ShapeDtypeStruct((batch_size, *images.shape[1:]), jnp.uint8)
@@ -98,7 +99,7 @@ class Runner:
         jitted = jax.jit(function, donate_argnums=0)
         self.program = jitted.lower(state, *inputs, hparams).compile()
         # The loop's program sees a batch, not the images that lie beside it.
-        beside = images.nbytes if placement == "device" and self._piece == 1 else 0
+        beside = images.nbytes if placement == "device" and self.piece == 1 else 0
         check_memory(self.program, batch_size, beside)
 
     def run(self, state: TrainState, order: np.ndarray) -> Iterator[tuple[TrainState, Any, int]]:
@@ -108,7 +109,7 @@ class Runner:
           (state, metrics of the newest steps, how many these are). The state that went in is
           donated: only the newest one yielded is alive. Nothing here waits for the device.
         """
-        if self._piece > 1:
+        if self.piece > 1:
             yield from self._run_scanned(state, order)
             return
         for images, labels in self._batches(order):
@@ -116,9 +117,9 @@ class Runner:
             yield state, metrics, 1
 
     def _run_scanned(self, state, order):
-        for start in range(0, len(order), self._piece):
-            rows = order[start : start + self._piece]
-            padded = np.full((self._piece, order.shape[1]), -1, np.int32)
+        for start in range(0, len(order), self.piece):
+            rows = order[start : start + self.piece]
+            padded = np.full((self.piece, order.shape[1]), -1, np.int32)
             padded[: len(rows)] = rows
             state, metrics = self.program(
                 state, *self._resident, jax.device_put(padded), self._hparams

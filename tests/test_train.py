@@ -301,6 +301,22 @@ def test_the_path_of_accelerators_runs_in_bfloat16(run):
     assert np.isfinite(read_metrics(workdir / "metrics.jsonl")[-1]["train/loss"])
 
 
+def test_a_profile_leaves_a_trace_and_the_run_as_it_is(whole_runs, run, capsys):
+    state, workdir = run(profile=True)
+    assert_same_state(state, whole_runs[1][0])
+    (trace,) = (workdir / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 0
+    out = capsys.readouterr().out
+    assert f"{workdir / 'profile'}: 5 steps" in out
+    assert out.count("first step ") == 1
+
+
+def test_a_run_that_is_too_short_for_a_profile_says_so(run, capsys):
+    _, workdir = run(overrides={"training.scan_steps": 4, "optim.epochs": 2}, profile=True)
+    assert "too short for a profile" in capsys.readouterr().out
+    assert not list(workdir.glob("*profile*"))
+
+
 def test_a_resumed_epoch_reports_its_true_speed(run, monkeypatch):
     with monkeypatch.context() as patch:
         signal_after(patch, 7)

@@ -562,3 +562,11 @@ def test_no_convolution_of_a_plain_step_lies_in_a_loop(resnet_step, resnet_epoch
     # The scanned epoch has all of its convolutions in one, which shows that the search finds them.
     everywhere, looped = convolutions(resnet_epoch)
     assert everywhere == looped >= 8
+
+
+def test_a_profile_can_tell_the_parts_of_a_step_apart(batch):
+    hparams = some_hparams()
+    state = jax.eval_shape(lambda: new_state(RESNET, hparams))
+    text = jax.jit(new_step(RESNET)).lower(state, *batch, hparams).as_text(debug_info=True)
+    for scope in ("augment", "encoder", "projector", "loss", "optimizer", "probe"):
+        assert re.search(rf'"[^"]*\b{scope}\b[^"]*"', text), scope
