@@ -201,7 +201,7 @@ def main() -> None:
         content = {
             "what": "rapid's network without augmentation, eager and contiguous on both sides; "
             "ratio is torch_peer's speed over eb_jepa's",
-            "command": "python -m benchmarks.eb_jepa_peer --repo eb_jepa",
+            "command": " ".join(["python -m benchmarks.eb_jepa_peer", *sys.argv[1:]]),
             "eb_jepa": COMMIT,
             "batch_size": arguments.batch_size,
             "steps_per_timing": arguments.steps,

@@ -656,6 +656,48 @@ FAULTS = [
         "cov / num_dims}",
         "test_watch.py",
     ),
+    Fault(
+        "a flag for versions of XLA that may not know it",
+        "device.py",
+        "lowest <= version < above",
+        "lowest <= version",
+        "test_device.py",
+    ),
+    Fault(
+        "a person's own XLA flag overruled",
+        "device.py",
+        " and _XLA_FLAG not in flags",
+        "",
+        "test_device.py",
+    ),
+    Fault(
+        "float32 where a flag asked for bfloat16",
+        "config_flags.py",
+        " is jnp.bfloat16 and not asked:",
+        " is jnp.bfloat16:",
+        "test_device.py",
+    ),
+    Fault(
+        "remat that keeps everything",
+        "models.py",
+        "static_argnums=(2,)) if self.remat else BasicBlock",
+        "static_argnums=(2,)) if False else BasicBlock",
+        "test_models.py",
+    ),
+    Fault(
+        "FLOPs of a convolution with one side of its kernel",
+        "benchmark/roofline.py",
+        "return self.out_side**2 * self.kernel**2 *",
+        "return self.out_side**2 * self.kernel *",
+        "test_benchmark_roofline.py",
+    ),
+    Fault(
+        "the ratio to PyTorch upside down",
+        "benchmark/peer.py",
+        'speeds["ours"] / speeds["theirs"]',
+        'speeds["theirs"] / speeds["ours"]',
+        "test_benchmark.py",
+    ),
 ]
 
 
@@ -671,7 +713,7 @@ def run_tests(test: str, fault: Fault | None) -> tuple[int, str]:
     """pytest's exit status and output for a test file over a copy of everything."""
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder)
-        for name in ("jepa_jax", "tests", "configs"):
+        for name in ("jepa_jax", "tests", "configs", "benchmarks"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
         if fault:

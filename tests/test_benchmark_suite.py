@@ -1,5 +1,6 @@
 """The suite as its owner runs it, in miniature: real processes, killed and started again."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -86,7 +87,7 @@ def test_killed_and_started_again_it_measures_what_is_missing(environment, tmp_p
     for title in TITLES:
         assert f"### {title}" in page
     result = json.loads((folder / "suite.json").read_text())
-    assert len(result["devices"]) == 1
+    assert result["key"]["device"].startswith("CPU (")
     absent = {"no configs/speedrun.py here", "PyTorch is not installed"}
     assert set(result["not_measured"].values()) <= absent
     for name in result["not_measured"]:
@@ -105,8 +106,10 @@ def quiet(tmp_path, monkeypatch):
     """A suite whose processes are replaced, and the calls that were made of them."""
     calls = []
 
-    def run(command, *_, **__):
-        calls.append(command)
+    def run(command, *_, **options):
+        if "--measure-device" in command:
+            return {"environment": {"device": devices[-1], "processor": "some"}}
+        calls.append((command, options))
         raise processes.MeasurementError("it cannot be measured here")
 
     monkeypatch.setattr(suite, "run_json", run)
@@ -116,8 +119,13 @@ def quiet(tmp_path, monkeypatch):
     monkeypatch.setattr(suite.whole_run, "run_in_full", run)
     monkeypatch.setattr(suite.whole_run, "run_profile", run)
 
-    def make(*flags):
-        return suite.Suite(given_config([RAPID, *flags]), tmp_path, is_miniature=True)
+    devices = ["one"]
+
+    def make(*flags, device="one"):
+        devices.append(device)
+        return suite.Suite(
+            given_config([RAPID, *flags]), tmp_path, is_miniature=True, peer_python=sys.executable
+        )
 
     return make, calls
 
@@ -130,20 +138,22 @@ def test_a_piece_that_fails_is_a_row_with_its_reason_and_the_others_go_on(quiet,
     assert set(whole.errors) == {piece.name for piece in tried}
     whole.write()
     page = (tmp_path / "suite.md").read_text()
-    for title in ("Rates of the device", "A step and its shares", "rapid in full", "Profile"):
+    for title in ("Rates of the device", "A step", "Roofline", "rapid in full", "Profile"):
         assert f"### {title}" in page
     assert page.count("not measured") > 10 and "it cannot be measured here" in page
     before = len(calls)
     assert make().measure() and len(calls) == 2 * before  # what failed is tried again
 
 
-def test_a_piece_of_another_config_or_version_is_measured_again(quiet, tmp_path):
+def test_a_piece_of_another_config_version_or_device_is_measured_again(quiet, tmp_path):
     make, _ = quiet
     whole = make()
     content = {"key": whole._key, "figures": {"a": 1}}
     write_json(tmp_path / "rates.json", content)
     assert whole.figures("rates") == {"a": 1}
     assert make("--config.optim.momentum=0.5").figures("rates") is None
+    assert make(device="another").figures("rates") is None
+    assert make().figures("rates") == {"a": 1}
     other = {**whole._key, "versions": {**whole._key["versions"], "jax": "0.0.0"}}
     write_json(tmp_path / "rates.json", {**content, "key": other})
     assert whole.figures("rates") is None
@@ -156,14 +166,19 @@ def test_a_run_that_was_stopped_in_time_goes_on_until_time_is_up(quiet, monkeypa
     whole, stretches = make(), []
 
     def stops_twice(flags, folder, seconds):
-        stretches.append(folder)
-        if len(stretches) < 3:
-            raise whole_run.Unfinished
+        if folder == whole._run_folder("rapid"):
+            stretches.append(folder)
+            if len(stretches) < 3:
+                raise whole_run.Unfinished
         return {"done": True}
 
     monkeypatch.setattr(suite.whole_run, "run_in_full", stops_twice)
     assert whole.measure() and len(stretches) == 3
     assert whole.figures("rapid") == {"done": True}
+    # A run of another config, version or device goes on in another folder.
+    assert make()._run_folder("rapid") == stretches[0]
+    assert make(device="another")._run_folder("rapid") != stretches[0]
+    assert make("--config.optim.momentum=0.5")._run_folder("rapid") != stretches[0]
 
 
 def test_nothing_begins_that_may_not_end_in_time(quiet):
@@ -172,15 +187,77 @@ def test_nothing_begins_that_may_not_end_in_time(quiet):
     assert not calls
 
 
-def test_figures_of_two_devices_are_not_compared(quiet, tmp_path):
+def test_no_process_is_given_more_time_than_there_is(quiet):
+    make, calls = quiet
+    assert not make().measure(minutes=1.6)
+    ((command, options),) = calls  # rates; the next piece may not end in time
+    assert "--measure-rates" in command and f"{RAPID}" in command
+    assert 0 < options["timeout"] <= 96
+    calls.clear()
+    make().measure(minutes=60)
+    timeouts = [options["timeout"] for _, options in calls if "timeout" in options]
+    assert timeouts and max(timeouts) <= suite._SMALL.most_seconds
+
+
+def test_a_piece_cut_short_by_the_minutes_is_missing_and_no_failure(quiet, monkeypatch):
     make, _ = quiet
+    whole, now = make(), [0.0]
+
+    def is_cut(command, *, timeout):
+        now[0] += timeout
+        raise processes.MeasurementError("it took too long")
+
+    monkeypatch.setattr(suite, "run_json", is_cut)
+    monkeypatch.setattr(suite.time, "perf_counter", lambda: now[0])
+    assert not whole.measure(minutes=1.6) and whole.errors == {} and now[0] == 96.0
+    assert not whole.measure(minutes=4) and list(whole.errors) == ["rates"]
+
+
+def test_a_pair_counts_while_its_variant_is_the_fastest(quiet, tmp_path, monkeypatch):
+    make, _ = quiet
+    slow, fast = (
+        suite.peer.Variant(mode, "float32", "contiguous", "device") for mode in ("eager", "compile")
+    )
+    small = dataclasses.replace(suite._SMALL, variants=(slow, fast))
+    monkeypatch.setattr(suite, "_SMALL", small)
+    monkeypatch.setattr(suite.peer, "has_torch", lambda python: True)
     whole = make()
-    for name, device in (("batch-20", "one"), ("batch-100", "another")):
-        row = {"kind": "batch", "value": 20, "measured": None, "reason": "x"}
-        figures = {**row, "environment": {"device": device}}
+
+    def store(name, figures):
         write_json(tmp_path / f"{name}.json", {"key": whole._key, "figures": figures})
-    whole.write()
-    assert "measured on different devices" in (tmp_path / "suite.md").read_text()
+
+    def pair():
+        name = "peer-float32-device-pair0"
+        return next(piece for piece in whole.pieces() if piece.name == name)
+
+    store(pair().name, {"variant": slow.name})
+    assert whole._current(pair()) is None  # nothing was screened yet
+    store(f"peer-{slow.name}", {"images_per_second": [10.0]})
+    assert whole._current(pair()) == {"variant": slow.name}
+    store(f"peer-{fast.name}", {"images_per_second": [20.0]})
+    assert whole._current(pair()) is None
+
+
+def test_without_pytorch_in_its_python_the_peer_is_absent(quiet, monkeypatch):
+    make, _ = quiet
+    asked = []
+    monkeypatch.setattr(suite.peer, "has_torch", lambda python: asked.append(python))
+    absent = {piece.absent for piece in make().pieces() if piece.name.startswith("peer-")}
+    assert absent == {"PyTorch is not installed"} and asked == [sys.executable]
+
+
+def test_the_ladder_in_miniature_is_small_too(quiet, tmp_path, monkeypatch):
+    make, calls = quiet
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "speedrun.py").touch()
+    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    whole = make()
+    (piece,) = (piece for piece in whole.pieces() if piece.name == "ladder")
+    with pytest.raises(processes.MeasurementError):
+        piece.measure()
+    flags, _ = calls[-1]
+    assert flags[0] == f"--config={tmp_path / 'configs' / 'speedrun.py'}"
+    assert "--config.optim.epochs=2" in flags and "--config.model.width=4" in flags
 
 
 def test_a_whole_run_is_stopped_in_time_and_goes_on(tmp_path, monkeypatch):
@@ -194,32 +271,77 @@ def test_a_whole_run_is_stopped_in_time_and_goes_on(tmp_path, monkeypatch):
         "val_online_probe_acc": 0.6,
         "ridge_probe_acc": 0.7,
     }
-    codes = [128 + signal.SIGTERM, 0]
+    # At the launch's clock, saved step, and how the process ended.
+    stretches = [(12.5, 4, (128 + signal.SIGTERM, True)), (7.5, 8, (0, False))]
 
-    def train(arguments, folder, seconds, until=None):
-        code = codes.pop(0)
-        with (folder / "stdout.log").open("a") as log:
-            log.write("first step  2.5 s after the command began\n")
-        if not code:
-            (folder / "run").mkdir()
-            write_json(folder / "run" / "summary.json", summary)
+    def watch(arguments, *, errors, seconds, on_line):
+        at, step, ending = stretches.pop(0)
+        on_line(at - 1.0, "compiling the training step")
+        on_line(at, "first step 2.5 s after the start, 1.5 s of them for compiling it")
+        (tmp_path / "run" / "checkpoints" / str(step)).mkdir(parents=True)
+        if not ending[0]:
+            write_json(tmp_path / "run" / "summary.json", summary)
             rows = [(0.3, 1.0), (0.56, 2.0), (0.6, 3.0)]
-            (folder / "run" / "metrics.jsonl").write_text(
+            (tmp_path / "run" / "metrics.jsonl").write_text(
                 "".join(
                     json.dumps({"val/online_probe_acc": acc, "train_seconds": seconds}) + "\n"
                     for acc, seconds in rows
                 )
             )
-        return code
+        return processes.Ending(*ending)
 
-    monkeypatch.setattr(whole_run, "_train", train)
+    monkeypatch.setattr(whole_run, "watch", watch)
     with pytest.raises(whole_run.Unfinished):
         whole_run.run_in_full([], tmp_path, 1.0)
     result = whole_run.run_in_full([], tmp_path, 1.0)
     assert result["first_step_to_last_probe_seconds"] == 4.5
-    assert result["command_to_first_step_seconds"] == [2.5, 2.5]
+    # From the launch of the process, not from where its own clock starts.
+    assert result["command_to_first_step_seconds"] == [12.5, 7.5]
     assert result["seconds_to_accuracy"]["0.55"] == 2.0
     assert result["seconds_to_accuracy"]["0.7"] is None
+
+
+@pytest.mark.parametrize(
+    ("ending", "step", "expected"),
+    [
+        ((-signal.SIGTERM, True), 5, (whole_run.Unfinished, "")),
+        ((-signal.SIGKILL, True), 5, (whole_run.Unfinished, "")),
+        ((128 + signal.SIGTERM, True), 4, (processes.MeasurementError, "no step further in 9 s")),
+        ((-signal.SIGTERM, True), 4, (processes.MeasurementError, "no step further in 9 s")),
+        ((-signal.SIGTERM, False), 5, (processes.MeasurementError, "stopped, exit code -15")),
+        ((1, True), 5, (processes.MeasurementError, "stopped")),
+    ],
+)
+def test_only_a_stop_by_the_clock_that_came_further_goes_on(
+    ending, step, expected, tmp_path, monkeypatch
+):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "4").mkdir(parents=True)
+    (checkpoints / "6.orbax-checkpoint-tmp").mkdir()
+
+    def watch(arguments, *, errors, seconds, on_line):
+        (checkpoints / str(step)).mkdir(exist_ok=True)
+        errors.write_text("error: stopped")
+        return processes.Ending(*ending)
+
+    monkeypatch.setattr(whole_run, "watch", watch)
+    kind, words = expected
+    with pytest.raises(kind, match=words or None):
+        whole_run.run_in_full([], tmp_path, 9.0)
+
+
+def test_an_old_trace_is_not_taken_for_a_new_one(tmp_path, monkeypatch):
+    trace = tmp_path / "profile" / "run" / "profile" / "old.xplane.pb"
+    trace.parent.mkdir(parents=True)
+    trace.touch()
+
+    def watch(arguments, *, errors, seconds, on_line):
+        errors.write_text("error: it broke")
+        return processes.Ending(1, False)
+
+    monkeypatch.setattr(whole_run, "watch", watch)
+    with pytest.raises(processes.MeasurementError, match="it broke"):
+        whole_run.run_profile([], tmp_path / "profile", 9.0)
 
 
 def test_a_whole_run_that_fails_says_why(tmp_path):

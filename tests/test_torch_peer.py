@@ -23,6 +23,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import torch
 
+    from benchmarks.torch_peer import __main__ as peer_command
     from benchmarks.torch_peer import augment as peer_augment
     from benchmarks.torch_peer import batches, network, recipe, training
 
@@ -258,6 +259,64 @@ def test_views_are_normalised_from_the_unit_range(cifar_arrays):
     assert not torch.equal(*views)
 
 
+# --- timing -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    class Clock:
+        now = 0.0
+
+    monkeypatch.setattr(peer_command.time, "perf_counter", lambda: Clock.now)
+    return Clock
+
+
+def test_a_value_is_as_many_steps_as_fill_its_seconds(clock):
+    counts = []
+
+    def run(num_steps):
+        # The first two compile.
+        for _ in range(num_steps):
+            clock.now += 0.5 if len(counts) > 1 else 5.0
+            counts.append(1)
+        return torch.tensor(float(len(counts)))
+
+    found = peer_command.time_steps(run, warmup=5, period=1, seconds=2.0, repeats=3)
+    assert found["step_seconds"] == [0.5] * 3 and found["steps_in_a_value"] == 4
+    assert found["warmup_steps"] == 5
+    assert len(counts) == 5 + 1 + 3 * 4  # one step says how many fill a value
+    assert found["first_step_seconds"] == 5.0
+    assert found["loss"] == {"first": 1.0, "last": 18.0}
+
+
+def test_no_batch_that_was_made_ahead_is_in_a_value(clock):
+    """A loader whose queue is full before the first step, and that takes 1 s a batch after it.
+
+    An epoch of 10 batches ends with an empty queue.
+    """
+    queue, in_epoch = 24, 0
+
+    def run(num_steps):
+        nonlocal queue, in_epoch
+        for _ in range(num_steps):
+            clock.now += 0.0 if queue else 1.0
+            queue = max(queue - 1, 0)
+            in_epoch += 1
+            if in_epoch == 10:
+                queue = in_epoch = 0
+        return torch.zeros(())
+
+    found = peer_command.time_steps(run, warmup=3, period=10, seconds=0.5, repeats=2)
+    assert found["step_seconds"] == [1.0, 1.0]
+    assert found["warmup_steps"] == 10 and found["steps_in_a_value"] == 10
+
+
+def test_the_period_of_a_loader_is_ten_queues_or_an_epoch():
+    assert batches.loader_period(made(batch_size=8, num_images=8 * 1000), 2) == 10 * 2 * 4
+    assert batches.loader_period(made(batch_size=8, num_images=8 * 16 + 3), 2) == 16
+    assert batches.loader_period(made(batch_size=8, num_images=8000), 0) == 1
+
+
 # --- the command --------------------------------------------------------------------------------
 
 
@@ -280,7 +339,7 @@ def test_the_command_prints_one_json_object(how, tmp_path):
         "--dtype=bfloat16",
         "--memory-format=channels_last",
         "--warmup=1",
-        "--steps=1",
+        "--seconds=0.001",
         "--repeats=2",
         "--workers=1",
         "--device=cpu",
@@ -329,7 +388,7 @@ def test_a_broken_recipe_ends_the_command_in_one_line(tmp_path):
     assert result.returncode == 2
     assert result.stderr == "error: width cannot be -1\n"
     assert not result.stdout
-    result = command(tmp_path, "--steps=0")
+    result = command(tmp_path, "--seconds=0")
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
-    assert "at least 1" in result.stderr
+    assert "above 0" in result.stderr

@@ -19,7 +19,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 
@@ -44,6 +44,15 @@ def _at_least(least: int):
     return number
 
 
+def _positive(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
+_positive.__name__ = "number (above 0)"
+
+
 _MODE_HELP = "of mixed, torch.compile makes augmentation and LARS; of compile, the network too"
 
 
@@ -63,8 +72,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--augment", choices=("none", "device", "loader"), default="none")
     parser.add_argument("--workers", type=_at_least(0), default=2, help="of --augment loader")
-    parser.add_argument("--warmup", type=_at_least(1), default=5, help="steps not timed")
-    parser.add_argument("--steps", type=_at_least(1), default=10, help="in one timing")
+    parser.add_argument("--warmup", type=_at_least(1), default=5, help="steps not timed, at least")
+    parser.add_argument(
+        "--seconds", type=_positive, default=2.0, help="of one timing, filled with steps"
+    )
     parser.add_argument("--repeats", type=_at_least(1), default=5, help="timings")
     parser.add_argument("--threads", type=_at_least(1), help="of a CPU; PyTorch's choice if none")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -131,9 +142,51 @@ def _batches(recipe, arguments, device, memory_format) -> Iterator[Any]:
     return batches.loaded(recipe, device, memory_format, workers=arguments.workers)
 
 
+def time_steps(
+    run: Callable[[int], Any], *, warmup: int, period: int, seconds: float, repeats: int
+) -> dict[str, Any]:
+    """Times steps once they have warmed up.
+
+    Args:
+      run: does so many steps, waits for them and returns the last loss.
+      warmup: steps not timed, at least so many.
+      period: steps after which all is as it was before them; whatever is counted is a multiple.
+      seconds: that a value takes, at least.
+      repeats: values.
+
+    Returns:
+      step_seconds (each value the mean over its steps), warmup_steps, steps_in_a_value,
+      first_step_seconds, and the first and the last loss.
+    """
+
+    def seconds_of(num_steps: int) -> tuple[float, Any]:
+        began = time.perf_counter()
+        loss = run(num_steps)
+        return time.perf_counter() - began, loss
+
+    warmup = period * math.ceil(warmup / period)
+    first_step_seconds, first_loss = seconds_of(1)
+    if warmup > 1:
+        run(warmup - 1)
+    timed = [seconds_of(period)]
+    num_periods = math.ceil(seconds / max(timed[0][0], 1e-6))
+    if num_periods > 1:
+        timed = []
+    while len(timed) < repeats:
+        timed.append(seconds_of(num_periods * period))
+    return {
+        "step_seconds": [value / (num_periods * period) for value, _ in timed],
+        "warmup_steps": warmup,
+        "steps_in_a_value": num_periods * period,
+        "first_step_seconds": first_step_seconds,
+        "loss": {"first": float(first_loss), "last": float(timed[-1][1])},
+    }
+
+
 def _measure(recipe, arguments) -> dict[str, Any]:
     import torch
 
+    from benchmarks.torch_peer.batches import loader_period
     from benchmarks.torch_peer.recipe import PeerError
     from benchmarks.torch_peer.training import Trainer
 
@@ -153,32 +206,28 @@ def _measure(recipe, arguments) -> dict[str, Any]:
     )
     batches = _batches(recipe, arguments, device, memory_format)
 
-    def seconds_of(num_steps: int) -> tuple[float, Any]:
-        began = time.perf_counter()
+    def run(num_steps: int) -> Any:
         for _ in range(num_steps):
             loss = trainer.step(*next(batches))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - began, loss
+        return loss
 
-    first_step_seconds, first_loss = seconds_of(1)
-    last_loss = first_loss
-    if arguments.warmup > 1:
-        _, last_loss = seconds_of(arguments.warmup - 1)
-    step_seconds = []
-    for _ in range(arguments.repeats):
-        seconds, last_loss = seconds_of(arguments.steps)
-        step_seconds.append(seconds / arguments.steps)
-    losses = {"first": float(first_loss), "last": float(last_loss)}
-    if not all(map(math.isfinite, losses.values())):
-        raise PeerError(f"the loss is not finite: {losses}")
+    is_loaded = arguments.augment == "loader"
+    measured = time_steps(
+        run,
+        warmup=arguments.warmup,
+        period=loader_period(recipe, arguments.workers) if is_loaded else 1,
+        seconds=arguments.seconds,
+        repeats=arguments.repeats,
+    )
+    if not all(map(math.isfinite, measured["loss"].values())):
+        raise PeerError(f"the loss is not finite: {measured['loss']}")
     return {
         "device": _described(device),
-        "step_seconds": step_seconds,
-        "images_per_second": [recipe.batch_size / seconds for seconds in step_seconds],
+        "images_per_second": [recipe.batch_size / value for value in measured["step_seconds"]],
         "peak_memory_bytes": _peak_memory(device),
-        "first_step_seconds": first_step_seconds,
-        "loss": losses,
+        **measured,
     }
 
 

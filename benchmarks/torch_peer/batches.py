@@ -16,6 +16,9 @@ from benchmarks.torch_peer.recipe import Recipe
 from benchmarks.torch_peer.training import NUM_CLASSES
 
 SIZE = 32
+_PREFETCHED = 4
+# A value of so many queues: what lay in one before it is a small part.
+_QUEUES_IN_A_PERIOD = 10
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
@@ -94,6 +97,16 @@ class PilViews(Dataset):
         return self._transform(image), self._transform(image), int(self._labels[index])
 
 
+def loader_period(recipe: Recipe, workers: int) -> int:
+    """Steps of `loaded` after which its queue holds what it held before them.
+
+    An epoch begins and ends with an empty queue, so that whole epochs count no batch that was
+    made outside them. Where an epoch is longer, ten full queues drain one that can be drained.
+    """
+    queues = _QUEUES_IN_A_PERIOD * workers * _PREFETCHED
+    return min(max(1, queues), recipe.num_images // recipe.batch_size)
+
+
 def loaded(
     recipe: Recipe, device: torch.device, memory_format: torch.memory_format, *, workers: int
 ) -> Iterator[Batch]:
@@ -105,7 +118,7 @@ def loaded(
         drop_last=True,
         num_workers=workers,
         persistent_workers=workers > 0,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=_PREFETCHED if workers else None,
         pin_memory=device.type == "cuda",
     )
     while True:

@@ -24,30 +24,75 @@ How fast a config trains on this machine, where the time goes, and how far that 
 machine can do. --config=FILE and --config.KEY=VALUE are those of jepa_jax.main; the default is
 configs/cpu.py, and configs/rapid.py for --suite. docs/performance.md says how to read the tables.
 """
-_INTERRUPTED = "interrupted; the same --suite command goes on, of the rest nothing was kept"
+_INTERRUPTED = "interrupted; nothing was kept"
+_SUITE_INTERRUPTED = "interrupted; the same command goes on with what is missing"
+
+
+_DEFAULTS = {
+    "out": None,
+    "images": 50_000,
+    "repeats": 5,
+    "augment": "device",
+    "no_startup": False,
+    "miniature": False,
+    "peer_python": sys.executable,
+    "minutes": None,
+}
+# Of each kind of measurement, '' being that of one config; another option is refused.
+_OPTIONS = {
+    "": {"out", "images", "no_startup", "miniature"},
+    "sweep": {"out", "images", "repeats"},
+    "peer": {"out", "images", "peer_python"},
+    "suite": {"out", "minutes", "miniature", "peer_python"},
+    "measure-step": {"images", "repeats", "augment"},
+    "measure-shares": {"images"},
+    "measure-epoch": {"images"},
+    "measure-rates": {"miniature"},
+    "measure-device": set(),
+}
+
+
+def _parser() -> Parser:
+    prog = "python -m jepa_jax.benchmark"
+    parser = Parser(
+        prog=prog,
+        description=_DESCRIPTION,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    kind = parser.add_mutually_exclusive_group()
+    for name, text in (
+        ("sweep", "over batch sizes and over D"),
+        ("suite", "everything, in resumable pieces"),
+        ("measure-step", "the step as one line of JSON"),
+        ("measure-shares", "the parts of a step, likewise"),
+        ("measure-epoch", "what follows an epoch, likewise"),
+        ("measure-rates", "the device's rates, likewise"),
+        ("measure-device", "the device's name, likewise"),
+    ):
+        kind.add_argument(f"--{name}", action="store_const", const=name, dest="kind", help=text)
+    kind.add_argument("--peer", choices=["torch"], help="beside the same recipe in PyTorch")
+    parser.add_argument("--out", type=pathlib.Path, help="a JSON file; of --suite, a folder")
+    parser.add_argument("--no-startup", action="store_true", help="start no processes of main")
+    parser.add_argument("--peer-python", help="one that has PyTorch, by default this one")
+    parser.add_argument("--minutes", type=float, help="--suite begins nothing that may take longer")
+    parser.add_argument("--miniature", action="store_true", help="sizes that only test the code")
+    parser.add_argument("--images", type=int, help="synthetic ones to train on, by default 50,000")
+    parser.add_argument("--repeats", type=int, help="values of a step, by default 5")
+    parser.add_argument("--augment", choices=["device", "none"], help="of --measure-step")
+    return parser
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    prog = "python -m jepa_jax.benchmark"
-    parser = Parser(prog=prog, description=_DESCRIPTION, allow_abbrev=False)
-    kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--sweep", action="store_true", help="over batch sizes and over D")
-    kind.add_argument("--peer", choices=["torch"], help="beside the same recipe in PyTorch")
-    kind.add_argument("--suite", action="store_true", help="everything, in resumable pieces")
-    kind.add_argument("--measure-step", action="store_true", help="the step as one line of JSON")
-    kind.add_argument("--measure-rates", action="store_true", help="the device, likewise")
-    parser.add_argument("--out", type=pathlib.Path, help="a JSON file; of --suite, a folder")
-    parser.add_argument("--no-startup", action="store_true", help="start no processes of main")
-    parser.add_argument("--peer-python", default=sys.executable, help="one that has PyTorch")
-    parser.add_argument("--minutes", type=float, help="--suite begins nothing that may take longer")
-    parser.add_argument("--miniature", action="store_true", help="sizes that only test the code")
-    parser.add_argument("--images", type=int, default=50_000, help="synthetic ones to train on")
-    parser.add_argument("--repeats", type=int, default=5, help="values of --measure-step")
-    parser.add_argument(
-        "--augment", choices=["device", "none"], default="device", help="of --measure-step"
-    )
-    arguments, rest = parser.parse_known_args(argv)
-    if arguments.suite and not arguments.out:
+    parser = _parser()
+    found, rest = parser.parse_known_args(argv)
+    given = vars(found)
+    kind = "peer" if given.pop("peer", None) else given.pop("kind", "")
+    for name in sorted(set(given) - _OPTIONS[kind]):
+        what = f"--{kind}" if kind else "the measurement of one config"
+        parser.error(f"--{name.replace('_', '-')} is no option of {what}")
+    arguments = argparse.Namespace(kind=kind, **{**_DEFAULTS, **given})
+    if kind == "suite" and not arguments.out:
         parser.error("--suite needs --out DIR")
     if min(arguments.images, arguments.repeats) < 1:
         parser.error("--images and --repeats must be at least 1")
@@ -75,27 +120,27 @@ def _write(arguments: argparse.Namespace, content: dict[str, Any]) -> None:
         say(f"{'written':<10}{arguments.out}")
 
 
-def _measure_step(arguments: argparse.Namespace, given: GivenConfig) -> None:
+def _measure_part(arguments: argparse.Namespace, given: GivenConfig) -> None:
     from jepa_jax import device
-    from jepa_jax.benchmark import measure, step
+    from jepa_jax.benchmark import measure, rates, shares, step
 
     device.select(given.config.meta.device)
-    fit_to_device(given)
-    plan = step.synthetic_plan(given.config, num_images=arguments.images, augment=arguments.augment)
-    figures = step.measure_step(plan, repeats=arguments.repeats)
-    content = measure.document("one step", environment=measure.environment(), step=figures)
-    print(json.dumps(content))
-
-
-def _measure_rates(arguments: argparse.Namespace, given: GivenConfig) -> None:
-    from jepa_jax import device
-    from jepa_jax.benchmark import measure
-    from jepa_jax.benchmark.rates import measure_rates
-
-    device.select(given.config.meta.device)
-    rates = measure_rates(is_miniature=arguments.miniature)
-    content = measure.document("rates", environment=measure.environment(), rates=rates)
-    print(json.dumps(content))
+    content: dict[str, Any] = {}
+    if arguments.kind == "measure-rates":
+        content["rates"] = rates.measure_rates(is_miniature=arguments.miniature)
+    elif arguments.kind != "measure-device":
+        fit_to_device(given)
+        plan = step.synthetic_plan(
+            given.config, num_images=arguments.images, augment=arguments.augment
+        )
+        if arguments.kind == "measure-step":
+            content["step"] = step.measure_step(plan, repeats=arguments.repeats)
+        elif arguments.kind == "measure-shares":
+            content.update(parts=shares.step_parts(plan), xla=measure.xla_counts(plan))
+        else:
+            content["parts"] = shares.epoch_parts(plan)
+    environment = measure.environment()
+    print(json.dumps(measure.document(arguments.kind, environment=environment, **content)))
 
 
 def _sweep(arguments: argparse.Namespace, given: GivenConfig) -> None:
@@ -149,7 +194,11 @@ def _suite(arguments: argparse.Namespace, given: GivenConfig) -> None:
     from jepa_jax.benchmark.suite import run_suite
 
     code = run_suite(
-        given, arguments.out, minutes=arguments.minutes, is_miniature=arguments.miniature
+        given,
+        arguments.out,
+        minutes=arguments.minutes,
+        is_miniature=arguments.miniature,
+        peer_python=arguments.peer_python,
     )
     if code:
         sys.exit(code)
@@ -158,26 +207,18 @@ def _suite(arguments: argparse.Namespace, given: GivenConfig) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; `argv` is without the program's name, by default this process's."""
     arguments, rest = _parse(argv)
-    if arguments.suite and not any(flag.startswith("--config=") for flag in rest):
+    if arguments.kind == "suite" and not any(flag.startswith("--config=") for flag in rest):
         from jepa_jax.benchmark.processes import ROOT
 
         rest = [f"--config={ROOT / 'configs' / 'rapid.py'}", *rest]
     given = given_config(rest)
-    with errors_as_lines(_INTERRUPTED), stop_on_signals(_INTERRUPTED):
+    interrupted = _SUITE_INTERRUPTED if arguments.kind == "suite" else _INTERRUPTED
+    with errors_as_lines(interrupted), stop_on_signals(interrupted):
         from jepa_jax.config import validate
 
         validate(given.config)
-        for is_asked, run in (
-            (arguments.measure_step, _measure_step),
-            (arguments.measure_rates, _measure_rates),
-            (arguments.sweep, _sweep),
-            (arguments.peer, _peer),
-            (arguments.suite, _suite),
-            (True, _whole),
-        ):
-            if is_asked:
-                run(arguments, given)
-                return
+        kinds = {"": _whole, "sweep": _sweep, "peer": _peer, "suite": _suite}
+        kinds.get(arguments.kind, _measure_part)(arguments, given)
 
 
 if __name__ == "__main__":

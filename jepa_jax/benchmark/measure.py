@@ -9,16 +9,12 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jepa_jax import device
 from jepa_jax.benchmark import roofline, shares, startup
 from jepa_jax.benchmark.rates import measure_rates
-from jepa_jax.benchmark.step import (
-    NUM_IMAGES,
-    make_runner,
-    measure_step,
-    synthetic_plan,
-)
+from jepa_jax.benchmark.step import NUM_IMAGES, measure_step, synthetic_plan
 from jepa_jax.benchmark.table import (
     NOT_MEASURED,
     Table,
@@ -32,6 +28,8 @@ from jepa_jax.config_flags import GivenConfig, fit_to_device
 from jepa_jax.errors import JepaError
 from jepa_jax.plan import Plan, initial_state
 from jepa_jax.progress import say
+from jepa_jax.train import make_runner
+from jepa_jax.train_step import make_train_step
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
@@ -72,16 +70,42 @@ def document(what: str, **content: Any) -> dict[str, Any]:
     return {"schema_version": SCHEMA_VERSION, "what": what, "command": command, **content}
 
 
-def _xla_counts(plan: Plan) -> dict[str, float] | None:
-    """FLOPs and bytes of one step by XLA's analysis of the compiled program."""
+def xla_counts(plan: Plan) -> dict[str, Any]:
+    """FLOPs and bytes of one step by XLA's own analysis; None where it has none.
+
+    FLOPs are those of the step as it would go to a CPU's compiler: a compiled program hides the
+    work of the libraries that it calls. Bytes are those of the compiled program.
+    """
     single = dataclasses.replace(plan, scan_steps=1)
-    analysis = make_runner(single, initial_state(single)).program.cost_analysis()
-    if not analysis:
-        return None
+    compiled = make_runner(single, initial_state(single)).program.cost_analysis() or {}
     return {
-        "flops_per_step": analysis.get("flops"),
-        "bytes_per_step": analysis.get("bytes accessed"),
+        "flops_per_step": _flops_before_compiling(plan),
+        "flops_of": "the step before compilation, for a CPU",
+        "bytes_per_step": compiled.get("bytes accessed"),
+        "bytes_of": "the compiled step",
     }
+
+
+def _flops_before_compiling(plan: Plan) -> float | None:
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names others alone
+        return None
+    train_step = make_train_step(
+        plan.encoder.model,
+        augment_fn=plan.augment_fn,
+        mean=plan.encoder.mean,
+        std=plan.encoder.std,
+        loss_fn=plan.loss_fn,
+        optimizer=plan.config.optim.name,
+    )
+    batch_size = plan.config.data.batch_size
+    images = jax.ShapeDtypeStruct((batch_size, *plan.dataset.image_shape), jnp.uint8)
+    labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    state = jax.eval_shape(lambda: initial_state(plan))
+    with jax.default_device(cpu):
+        lowered = jax.jit(train_step).lower(state, images, labels, plan.hparams)
+    return (lowered.cost_analysis() or {}).get("flops")
 
 
 def measure_config(
@@ -111,29 +135,38 @@ def measure_config(
     say(f"{'measuring':<10}the step, on {device.describe()}")
     step = measure_step(plan)
     say(f"{'measuring':<10}shares")
-    of_step = shares.step_shares(plan, step["step_seconds"]["median"])
-    of_epoch = shares.epoch_shares(plan, step["images_per_second"]["median"])
+    parts, xla, after = shares.step_parts(plan), xla_counts(plan), shares.epoch_parts(plan)
     say(f"{'measuring':<10}rates of the device")
     rates = measure_rates(is_miniature=is_miniature)
-    matmul = rates["matmul"][step["dtype"]]["flops_per_second"]["median"]
-    copy = rates["copy"]["bytes_per_second"]["median"]
     return document(
         "one config: step, shares, start-up, rates and roofline; synthetic images",
         environment=environment(),
         config=flatten(given.config.to_dict()),
-        step={**step, "share_of_matmul_rate": step["model_flops_per_second"] / matmul},
-        shares=of_step,
-        epoch=of_epoch,
+        **step_beside_rates(step, rates, xla),
+        shares=shares.with_shares(parts, step["step_seconds"]["median"]),
+        epoch=shares.of_an_epoch(after, step["images_per_second"]["median"]),
         startup=started,
         rates=rates,
-        roofline={
-            "counted": step["counted"],
-            "xla": _xla_counts(plan),
-            "floor_seconds": roofline.floors(
-                step["counted"], flops_per_second=matmul, bytes_per_second=copy
-            ),
-        },
     )
+
+
+def step_beside_rates(
+    step: dict[str, Any], rates: dict[str, Any], xla: dict[str, Any] | None
+) -> dict[str, Any]:
+    """`step` with its share of the matmul rate, and `roofline`.
+
+    Args:
+      step: of `measure_step`.
+      rates: of `measure_rates`.
+      xla: of `xla_counts`.
+    """
+    matmul = rates["matmul"][step["dtype"]]["flops_per_second"]["median"]
+    copy = rates["copy"]["bytes_per_second"]["median"]
+    floors = roofline.floors(step["counted"], flops_per_second=matmul, bytes_per_second=copy)
+    return {
+        "step": {**step, "share_of_matmul_rate": step["model_flops_per_second"] / matmul},
+        "roofline": {"counted": step["counted"], "xla": xla, "floor_seconds": floors},
+    }
 
 
 # --- what a person reads ----------------------------------------------------------------------
@@ -151,7 +184,8 @@ def rates_table(rates: dict[str, Any]) -> Table:
     return Table("Rates of the device", ("", "unit", "median (range)"), rows)
 
 
-def _step_table(step: dict[str, Any]) -> Table:
+def step_table(step: dict[str, Any]) -> Table:
+    """Speed and memory of a step."""
     memory = step["memory"]
     rows = [
         ["step", "ms", with_range(step["step_seconds"], 1e3)],
@@ -177,8 +211,9 @@ def _step_table(step: dict[str, Any]) -> Table:
     return Table(title, ("", "unit", "median (range)"), rows, note)
 
 
-def _roofline_table(roof: dict[str, Any], step: dict[str, Any]) -> Table:
-    counted, xla = roof["counted"], roof["xla"] or {}
+def roofline_table(roof: dict[str, Any], step: dict[str, Any]) -> Table:
+    """What a step counts, by hand and by XLA, and the least time that this takes."""
+    counted, xla = roof["counted"], roof["xla"]
     per_view, floor = counted["multiply_adds_per_view"], roof["floor_seconds"]
 
     def tera(value, scale):
@@ -191,10 +226,10 @@ def _roofline_table(roof: dict[str, Any], step: dict[str, Any]) -> Table:
             "FLOPs of a step",
             "T",
             number(counted["flops_per_step"] / 1e12),
-            tera(xla.get("flops_per_step"), 1e12),
+            tera(xla["flops_per_step"], 1e12),
         ],
     ]
-    for name, seen in (("unfused", xla.get("bytes_per_step")), ("fused", None)):
+    for name, seen in (("unfused", xla["bytes_per_step"]), ("fused", None)):
         by_xla = tera(seen, 1e9) if name == "unfused" else "-"
         moved = number(counted["bytes_per_step"][name] / 1e9)
         rows.append([f"bytes of a step, {name}", "GB", moved, by_xla])
@@ -205,29 +240,35 @@ def _roofline_table(roof: dict[str, Any], step: dict[str, Any]) -> Table:
     ):
         rows.append([text, "ms", number(floor[name] * 1e3), "-"])
     rows.append(["the step", "ms", number(step["step_seconds"]["median"] * 1e3), "-"])
-    return Table("Roofline", ("", "unit", "by hand", "by XLA"), rows)
+    note = f"By XLA: FLOPs of {xla['flops_of']}; bytes of {xla['bytes_of']}."
+    return Table("Roofline", ("", "unit", "by hand", "by XLA"), rows, note)
 
 
-def _share_tables(result: dict[str, Any]) -> list[Table]:
-    parts = result["shares"]["parts"]
-    rows = [[name, with_range(part, 1e3), percent(part["share"])] for name, part in parts.items()]
-    rows.append(["sum", "", percent(result["shares"]["sum"])])
+def _share_rows(parts: dict[str, Any], scale: float) -> list[list[str]]:
+    return [
+        [name, str(part["n"]), with_range(part, scale), percent(part["share"])]
+        for name, part in parts.items()
+    ]
+
+
+def shares_table(of_step: dict[str, Any]) -> Table:
+    """The parts of a step."""
+    rows = [*_share_rows(of_step["parts"], 1e3), ["sum", "", "", percent(of_step["sum"])]]
     note = (
         "Each part is compiled and timed alone, so the sum is not 100 %: XLA fuses across their "
         "borders and overlaps them."
     )
-    epoch = result["epoch"]
-    after = [
-        [name, with_range(part), percent(part["share"])] for name, part in epoch["parts"].items()
-    ]
+    return Table("Shares of a step", ("", "n", "ms, median (range)", "of the step"), rows, note)
+
+
+def epoch_table(epoch: dict[str, Any]) -> Table:
+    """What follows an epoch."""
     title = (
         f"After an epoch of {epoch['epoch_images']:,} images "
         f"({number(epoch['epoch_seconds'])} s of steps)"
     )
-    return [
-        Table("Shares of a step", ("", "ms, median (range)", "of the step"), rows, note),
-        Table(title, ("", "s, median (range)", "of the epoch"), after),
-    ]
+    header = ("", "n", "s, median (range)", "of the epoch")
+    return Table(title, header, _share_rows(epoch["parts"], 1.0))
 
 
 def startup_table(started: dict[str, Any]) -> Table:
@@ -237,10 +278,9 @@ def startup_table(started: dict[str, Any]) -> Table:
     if "error" in started:
         rows = [[name, "0", NOT_MEASURED] for name in ("empty cache", "warm cache")]
         return Table(title, header, rows, started["error"])
-    warm = started["warm"]
     rows = [
-        ["empty cache", "1", number(started["cold"]["seconds"])],
-        ["warm cache", str(warm["n"]), with_range(warm)],
+        [f"{name} cache", str(started[kind]["n"]), with_range(started[kind])]
+        for name, kind in (("empty", "cold"), ("warm", "warm"))
     ]
     return Table(title, header, rows)
 
@@ -248,16 +288,10 @@ def startup_table(started: dict[str, Any]) -> Table:
 def tables(result: dict[str, Any]) -> list[Table]:
     """All of `measure_config`."""
     return [
-        *step_tables(result),
+        step_table(result["step"]),
+        roofline_table(result["roofline"], result["step"]),
+        shares_table(result["shares"]),
+        epoch_table(result["epoch"]),
         startup_table(result["startup"]),
         rates_table(result["rates"]),
-    ]
-
-
-def step_tables(result: dict[str, Any]) -> list[Table]:
-    """Those of `measure_config` about the step and the epoch."""
-    return [
-        _step_table(result["step"]),
-        _roofline_table(result["roofline"], result["step"]),
-        *_share_tables(result),
     ]

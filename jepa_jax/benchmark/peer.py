@@ -1,12 +1,11 @@
 """The same recipe in PyTorch, process beside process in turns: ours, theirs, ours, theirs."""
 
 import dataclasses
-import functools
 import itertools
 import json
 import pathlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jepa_jax.benchmark.processes import ROOT, MeasurementError, process, run_json
@@ -18,7 +17,7 @@ from jepa_jax.errors import ConfigError
 
 PAIRS = 5
 _REPEATS = 3
-_SECONDS_OF_VALUE = 2.0
+_SECONDS_OF_VALUE = 2
 _OPTIMIZERS = ("lars", "sgd", "adamw")
 _DTYPES = ("float32", "bfloat16")
 # Two frameworks on one GPU, each of which would otherwise take the memory it does not use.
@@ -27,15 +26,16 @@ _ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One way to run the network in PyTorch."""
+    """One way to run the recipe in PyTorch."""
 
     mode: str
     dtype: str
     memory_format: str
+    augment: str
 
     @property
     def name(self) -> str:
-        return f"{self.dtype}-{self.mode}-{self.memory_format}"
+        return f"{self.dtype}-{self.augment}-{self.mode}-{self.memory_format}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +54,19 @@ class Ratio:
         """The DataLoader stands beside our augmentation on the device."""
         return "none" if self.augment == "none" else "device"
 
+    @property
+    def screened_augment(self) -> str:
+        """Behind a DataLoader the device runs the network alone."""
+        return "device" if self.augment == "device" else "none"
+
 
 VARIANTS = tuple(
-    Variant(mode, dtype, memory_format)
-    for dtype, mode, memory_format in itertools.product(
-        _DTYPES, ("eager", "compile"), ("channels_last", "contiguous")
+    Variant(mode, dtype, memory_format, augment)
+    for dtype, augment, mode, memory_format in itertools.product(
+        _DTYPES,
+        ("none", "device"),
+        ("eager", "mixed", "compile"),
+        ("channels_last", "contiguous"),
     )
 )
 RATIOS = (
@@ -101,7 +109,7 @@ class Peer:
       python: of the environment with PyTorch.
       num_images: synthetic images of either side.
       num_workers: of the DataLoader; the config's, but no more than there are cores.
-      timeout: of one process, in seconds.
+      seconds_left: for the next process; None for as long as it takes.
     """
 
     def __init__(
@@ -112,9 +120,9 @@ class Peer:
         python: str,
         num_images: int,
         num_workers: int,
-        timeout: float | None = None,
+        seconds_left: Callable[[], float | None] = lambda: None,
     ):
-        self._given, self._python, self._timeout = given, python, timeout
+        self._given, self._python, self._seconds_left = given, python, seconds_left
         self._num_images, self._num_workers = num_images, num_workers
         name = given.config.optim.name
         self.optimizer = name if name in _OPTIMIZERS else "lars"
@@ -159,18 +167,10 @@ class Peer:
                 *self._given.flags(**changes),
             ],
             environment=_ENVIRONMENT,
-            timeout=self._timeout,
+            timeout=self._seconds_left(),
         )
 
-    @functools.cached_property
-    def _num_steps(self) -> int:
-        """Steps of one value of the peer's: as many as fill two seconds at our own speed."""
-        seconds = self.ours("float32", "none")["step"]["step_seconds"]["median"]
-        return min(100, max(1, round(_SECONDS_OF_VALUE / seconds)))
-
-    def theirs(
-        self, variant: Variant, augment: str, num_steps: int | None = None
-    ) -> dict[str, Any]:
+    def theirs(self, variant: Variant, augment: str) -> dict[str, Any]:
         """The peer in a process of its own."""
         return run_json(
             [
@@ -178,11 +178,11 @@ class Peer:
                 *("--mode", variant.mode, "--dtype", variant.dtype),
                 *("--memory-format", variant.memory_format, "--augment", augment),
                 *("--workers", str(self._num_workers), "--warmup", "3"),
-                *("--steps", str(num_steps or self._num_steps), "--repeats", str(_REPEATS)),
+                *("--seconds", str(_SECONDS_OF_VALUE), "--repeats", str(_REPEATS)),
             ],
             python=self._python,
             environment=_ENVIRONMENT,
-            timeout=self._timeout,
+            timeout=self._seconds_left(),
         )
 
     def pair(self, ratio: Ratio, variant: Variant) -> dict[str, Any]:
@@ -204,15 +204,16 @@ def _speed(side: Mapping[str, Any]) -> float:
     return statistics.median(speeds["values"] if isinstance(speeds, Mapping) else speeds)
 
 
-def fastest(screened: Mapping[Variant, Mapping[str, Any]], dtype: str) -> Variant:
-    """The variant with the most images/s of a dtype.
+def fastest(screened: Mapping[Variant, Mapping[str, Any]], ratio: Ratio) -> Variant:
+    """The variant with the most images/s that the ratio can be made with.
 
     Raises:
-      MeasurementError: if none of that dtype was measured.
+      MeasurementError: if none was measured.
     """
-    speeds = {at: _speed(side) for at, side in screened.items() if at.dtype == dtype}
+    wanted = (ratio.dtype, ratio.screened_augment)
+    speeds = {at: _speed(side) for at, side in screened.items() if (at.dtype, at.augment) == wanted}
     if not speeds:
-        raise MeasurementError(f"no variant of the peer ran in {dtype}")
+        raise MeasurementError(f"no variant of the peer ran in {ratio.dtype}")
     return max(speeds, key=speeds.get)
 
 
@@ -222,14 +223,15 @@ def summary(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def screening_table(screened: Mapping[Variant, Mapping[str, Any]], failed: Mapping[str, str]):
-    """Images/s of every variant, without augmentation."""
+    """Images/s of every variant."""
     rows = [
-        [at.dtype, at.mode, at.memory_format, number(_speed(side))] for at, side in screened.items()
+        [at.dtype, at.augment, at.mode, at.memory_format, number(_speed(side))]
+        for at, side in screened.items()
     ]
     rows += [[*name.split("-"), NOT_MEASURED] for name in failed]
     note = "; ".join(f"{name}: {text}" for name, text in failed.items())
-    header = ("dtype", "mode", "memory format", "images/s")
-    return Table("PyTorch's variants, without augmentation", header, rows, note)
+    header = ("dtype", "augmentation", "mode", "memory format", "images/s")
+    return Table("PyTorch's variants", header, rows, note)
 
 
 def ratio_table(measured: Mapping[Ratio, Mapping[str, Any]], failed: Mapping[str, str], note: str):
@@ -237,7 +239,7 @@ def ratio_table(measured: Mapping[Ratio, Mapping[str, Any]], failed: Mapping[str
     rows = []
     for ratio, at in measured.items():
         figures = [with_range(at[name]) for name in ("ours", "theirs", "ratio")]
-        variant = at["variant"].split("-", 1)[1].replace("-", ", ")
+        variant = ", ".join(at["variant"].split("-")[2:])
         rows.append([ratio.dtype, ratio.augment, variant, *figures, str(at["ratio"]["n"])])
     rows += [[*name.split("-"), "-", *[NOT_MEASURED] * 3, "0"] for name in failed]
     header = ("dtype", "their augmentation", "their variant", "ours, images/s", "theirs, images/s")
@@ -255,14 +257,14 @@ def run_peer(peer: Peer, say=lambda text: None) -> dict[str, Any]:
     failed: dict[str, dict[str, str]] = {"screening": {}, "ratios": {}}
     for variant in VARIANTS:
         try:
-            screened[variant] = peer.theirs(variant, "none")
+            screened[variant] = peer.theirs(variant, variant.augment)
             say(f"{variant.name}: {number(_speed(screened[variant]))} images/s")
         except MeasurementError as error:
             failed["screening"][variant.name] = str(error)
     measured: dict[Ratio, Any] = {}
     for ratio in RATIOS:
         try:
-            variant, pairs = fastest(screened, ratio.dtype), []
+            variant, pairs = fastest(screened, ratio), []
             for _ in range(PAIRS):
                 pairs.append(peer.pair(ratio, variant))
                 say(f"{ratio.name}: ours / theirs {pairs[-1]['ratio']:.3f}")

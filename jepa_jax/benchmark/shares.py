@@ -106,17 +106,26 @@ class _Parts:
         }
 
 
-def step_shares(plan: Plan, step_seconds: float) -> dict[str, Any]:
-    """Seconds of every part of a step, and as a share of it.
+def with_shares(parts: dict[str, Any], whole_seconds: float) -> dict[str, Any]:
+    """The parts by name, each with its `share` of the whole, and the sum of the shares."""
+    shared = {
+        name: {**part, "share": part["median"] / whole_seconds} for name, part in parts.items()
+    }
+    return {"parts": shared, "sum": sum(part["share"] for part in shared.values())}
 
-    Args:
-      plan: see `Plan`.
-      step_seconds: of the whole step, measured beside.
 
-    Returns:
-      parts: by name, seconds with their spread (`backward`, a difference of medians, has none)
-      and `share` of the step; and the sum of the shares.
-    """
+def backward_seconds(forward: Any, loss: Any, gradient: Any) -> dict[str, Any]:
+    """What the gradient of all takes beyond forward and loss: a difference of medians."""
+    alone = forward["median"] + loss["median"]
+    return {
+        "median": max(gradient["median"] - alone, 0.0),
+        "n": gradient["n"],
+        "forward_loss_and_backward": gradient,
+    }
+
+
+def step_parts(plan: Plan) -> dict[str, Any]:
+    """Seconds of every part of a step by name, with their spread; `backward` has no range."""
     parts = _Parts(plan)
     state, images = parts.state, parts.batch[0]
     views = parts.augment(images)
@@ -129,19 +138,12 @@ def step_shares(plan: Plan, step_seconds: float) -> dict[str, Any]:
         "loss": _seconds(lambda: parts.loss(z1, z2)),
     }
     gradient = _seconds(lambda: parts.gradient(state.params, state.batch_stats, views))
-    alone = measured["forward"]["median"] + measured["loss"]["median"]
-    measured["backward"] = {
-        "median": max(gradient["median"] - alone, 0.0),
-        "n": gradient["n"],
-        "forward_loss_and_backward": gradient,
-    }
+    measured["backward"] = backward_seconds(measured["forward"], measured["loss"], gradient)
     measured["optimizer"] = _seconds(lambda: parts.update(grads, state.opt_state, state.params))
     if state.probe is not None:
         labels = parts.batch[1]
         measured["online probe"] = _seconds(lambda: parts.probe(state.probe, h, labels))
-    for part in measured.values():
-        part["share"] = part["median"] / step_seconds
-    return {"parts": measured, "sum": sum(part["share"] for part in measured.values())}
+    return measured
 
 
 def _evaluation_seconds(plan: Plan, state: Any) -> dict[str, Any]:
@@ -196,17 +198,20 @@ def _checkpoint_seconds(state: Any) -> dict[str, Any]:
     return {"blocking": spread(blocked[1:]), "until_whole": spread(whole[1:])}
 
 
-def epoch_shares(plan: Plan, images_per_second: float) -> dict[str, Any]:
-    """What follows an epoch of 50,000 images: seconds, and as a share of its steps' time."""
+def epoch_parts(plan: Plan) -> dict[str, Any]:
+    """Seconds of what follows an epoch, by name, with their spread."""
     state = initial_state(plan)
-    epoch_seconds = _EPOCH_IMAGES / images_per_second
     checkpoint = _checkpoint_seconds(state)
-    parts = {
+    return {
         "online evaluation": _evaluation_seconds(plan, state),
         "watch": _watch_seconds(plan, state),
         "checkpoint, blocking": checkpoint["blocking"],
         "checkpoint, until whole": checkpoint["until_whole"],
     }
-    for part in parts.values():
-        part["share"] = part["median"] / epoch_seconds
-    return {"epoch_images": _EPOCH_IMAGES, "epoch_seconds": epoch_seconds, "parts": parts}
+
+
+def of_an_epoch(parts: dict[str, Any], images_per_second: float) -> dict[str, Any]:
+    """`epoch_parts` as shares of the steps of an epoch of 50,000 images."""
+    seconds = _EPOCH_IMAGES / images_per_second
+    shared = with_shares(parts, seconds)["parts"]
+    return {"epoch_images": _EPOCH_IMAGES, "epoch_seconds": seconds, "parts": shared}

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import pathlib
 import resource
+import sys
 import time
 from typing import Any
 
@@ -82,8 +83,10 @@ def dtype_name(config: ConfigDict) -> str:
 def peak_memory() -> dict[str, Any]:
     """Peak bytes of the process on the host, and of arrays on the device (None on a CPU)."""
     stats = jax.local_devices()[0].memory_stats() or {}
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
-        "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        # Bytes on macOS, KiB elsewhere.
+        "host_peak_bytes": resident if sys.platform == "darwin" else 1024 * resident,
         "device_peak_bytes": stats.get("peak_bytes_in_use"),
     }
 
@@ -135,8 +138,7 @@ def measure_step(plan: Plan, *, repeats: int = REPEATS) -> dict[str, Any]:
     compile_seconds = time.perf_counter() - began
     key = stream_key(plan.hparams.seed, "order")
     order = jax.device_get(epoch_order(key, len(plan.dataset.train_images), batch_size))
-    num_pieces = math.ceil(plan.steps_per_epoch / plan.scan_steps)
-    piece = math.ceil(plan.steps_per_epoch / num_pieces)
+    piece = runner.piece
     loop = _Loop(runner, state, order)
     del state
     _, first_loss = loop.run(piece)

@@ -2,20 +2,21 @@
 
 A piece is a process or a few, ends within eight minutes and leaves one JSON file. The same command
 goes on with those that are missing; suite.json and suite.md are written at the end of every call.
+A piece counts if it is of this config, these versions and this device.
 """
 
 import dataclasses
 import functools
-import importlib.util
+import json
 import math
 import os
 import pathlib
-import sys
 import time
+import zlib
 from collections.abc import Callable
 from typing import Any
 
-from jepa_jax.benchmark import measure, peer, startup, sweep, whole_run
+from jepa_jax.benchmark import measure, peer, shares, startup, sweep, whole_run
 from jepa_jax.benchmark.processes import ROOT, MeasurementError, run_json
 from jepa_jax.benchmark.step import NUM_IMAGES
 from jepa_jax.benchmark.table import NOT_MEASURED, Table, as_markdown, number, percent
@@ -26,9 +27,8 @@ from jepa_jax.metrics import read_json, write_json
 from jepa_jax.progress import duration, say
 
 _MOST_SECONDS = 460.0
-_RUN_SECONDS = 420.0
 # A whole run is cut into stretches: the shortest that is worth its start, and what a stop needs.
-_LEAST_STRETCH, _SECONDS_TO_SAVE = 150.0, 30.0
+_LEAST_STRETCH, _SECONDS_TO_SAVE = 150.0, 40.0
 _MINIATURE = {
     "data.batch_size": 100,
     "data.num_val": 80,
@@ -50,37 +50,43 @@ class _Size:
     num_images: int = NUM_IMAGES
     batch_sizes: tuple[int, ...] = sweep.BATCH_SIZES
     dims: tuple[int, ...] = sweep.DIMS
-    warm_repeats: int = 3
+    cold_repeats: int = 3
+    warm_repeats: int = 5
     repeats: int = 5
     variants: tuple[peer.Variant, ...] = peer.VARIANTS
     ratios: tuple[peer.Ratio, ...] = peer.RATIOS
     num_pairs: int = peer.PAIRS
     most_seconds: float = _MOST_SECONDS
-    run_seconds: float = _RUN_SECONDS
 
 
 _SMALL = _Size(
     num_images=400,
     batch_sizes=(20, 100),
     dims=(16,),
+    cold_repeats=1,
     warm_repeats=1,
     repeats=2,
-    variants=(peer.Variant("eager", "float32", "contiguous"),),
+    variants=(peer.Variant("eager", "float32", "contiguous", "device"),),
     ratios=(peer.Ratio("float32", "device"),),
     num_pairs=1,
     most_seconds=100.0,
-    run_seconds=60.0,
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """One measurement: its file's name, the seconds it should take, and how it is made."""
+    """One measurement: its file's name, the seconds it should take, and how it is made.
+
+    Attributes:
+      absent: why it cannot be made here.
+      is_current: whether figures that were stored still count.
+    """
 
     name: str
     seconds: float
     measure: Callable[[], dict[str, Any]]
     absent: str = ""
+    is_current: Callable[[dict[str, Any]], bool] = lambda figures: True
 
 
 class Suite:
@@ -90,9 +96,16 @@ class Suite:
       given: the config.
       folder: created.
       is_miniature: the same code at sizes that measure nothing.
+      peer_python: of the environment with PyTorch.
+
+    Raises:
+      ConfigError: if that cannot be run.
+      MeasurementError: if the device cannot be asked for its name.
     """
 
-    def __init__(self, given: GivenConfig, folder: pathlib.Path, *, is_miniature: bool):
+    def __init__(
+        self, given: GivenConfig, folder: pathlib.Path, *, is_miniature: bool, peer_python: str
+    ):
         if is_miniature:
             given = given_config(given.flags(**_MINIATURE))
         self.given, self.folder = given, folder
@@ -100,90 +113,104 @@ class Suite:
         self.is_miniature = is_miniature
         self.errors: dict[str, str] = {}
         self._deadline = math.inf
-        folder.mkdir(parents=True, exist_ok=True)
-        self._arguments = [f"--images={self.size.num_images}", f"--repeats={self.size.repeats}"]
+        self._piece_deadline = time.perf_counter() + self.size.most_seconds
+        self._peer_python = peer_python
+        self._peer_absent = ""
+        if not peer.has_torch(peer_python):
+            self._peer_absent = "PyTorch is not installed"
+        elif not (ROOT / "benchmarks").is_dir():
+            self._peer_absent = "benchmarks/ is not here"
+        environment = self._run("--measure-device")["environment"]
         self._key = {
             "schema_version": measure.SCHEMA_VERSION,
             "config": _plain(flatten(given.config.to_dict())),
             "versions": measure.versions(),
+            **{name: environment[name] for name in ("device", "processor")},
             "is_miniature": is_miniature,
         }
+        folder.mkdir(parents=True, exist_ok=True)
 
     # --- the pieces -------------------------------------------------------------------------------
 
     def pieces(self) -> list[_Piece]:
         """In the order in which they are measured: what everything else is compared with first."""
         size = self.size
-        batch_points = sweep.points(size.batch_sizes, size.dims)
+        images = f"--images={size.num_images}"
+        repeats = f"--repeats={size.repeats}"
+        of_run = functools.partial(self._in_full, "rapid", self.given.flags())
         return [
-            _Piece("rates", 90.0, self._rates),
-            _Piece("step", 300.0, self._step),
-            _Piece("startup", 240.0, self._startup),
-            _Piece(
-                "rapid",
-                _LEAST_STRETCH,
-                functools.partial(self._in_full, "rapid", self.given.flags()),
-            ),
+            _Piece("rates", 90.0, functools.partial(self._run, "--measure-rates", *self._small)),
+            _Piece("step", 180.0, functools.partial(self._run, "--measure-step", images, repeats)),
+            _Piece("shares", 300.0, functools.partial(self._run, "--measure-shares", images)),
+            _Piece("epoch", 240.0, functools.partial(self._run, "--measure-epoch", images)),
+            _Piece("startup", 300.0, self._startup),
+            _Piece("rapid", _LEAST_STRETCH, of_run),
             *(
-                _Piece(f"{kind}-{value}", 180.0, functools.partial(self._point, kind, value))
-                for kind, value in batch_points
+                _Piece(
+                    f"{kind}-{value}",
+                    180.0,
+                    functools.partial(self._point, kind, value, [images, repeats]),
+                )
+                for kind, value in sweep.points(size.batch_sizes, size.dims)
             ),
             self._ladder_piece(),
-            *self._peer_pieces(),
             _Piece("profile", 180.0, self._profile),
+            *self._peer_pieces(),
         ]
 
-    def _rates(self) -> dict[str, Any]:
-        return self._run(["--measure-rates", *["--miniature"] * self.is_miniature])
+    @property
+    def _small(self) -> list[str]:
+        return ["--miniature"] * self.is_miniature
 
-    def _step(self) -> dict[str, Any]:
-        partial = self.folder / "step.partial.json"
-        small = ["--miniature"] * self.is_miniature
-        self._run(
-            ["--no-startup", f"--out={partial}", f"--images={self.size.num_images}", *small]
-            + self.given.flags(),
-            prints_json=False,
-        )
-        result = read_json(partial)
-        partial.unlink()
-        return result
+    def _seconds_left(self) -> float:
+        """For the next process of the piece under way."""
+        return max(1.0, self._piece_deadline - time.perf_counter())
+
+    def _run(self, *arguments: str) -> dict[str, Any]:
+        command = ["-m", "jepa_jax.benchmark", *arguments, *self.given.flags()]
+        return run_json(command, timeout=self._seconds_left())
 
     def _startup(self) -> dict[str, Any]:
-        flags, repeats = self.given.flags(), self.size.warm_repeats
-        return startup.measure_startup(flags, warm_repeats=repeats)
+        return startup.measure_startup(
+            self.given.flags(),
+            cold_repeats=self.size.cold_repeats,
+            warm_repeats=self.size.warm_repeats,
+            seconds_left=self._seconds_left,
+        )
 
-    def _point(self, kind: str, value: int) -> dict[str, Any]:
-        smallest = self.figures(f"batch-{min(self.size.batch_sizes)}")
+    def _point(self, kind: str, value: int, arguments: list[str]) -> dict[str, Any]:
         return sweep.measure_point(
             self.given,
             kind,
             value,
-            smallest=smallest,
-            arguments=self._arguments,
-            timeout=self.size.most_seconds,
+            smallest=self.figures(f"batch-{min(self.size.batch_sizes)}"),
+            arguments=arguments,
+            timeout=self._seconds_left(),
         )
 
+    def _run_folder(self, name: str) -> pathlib.Path:
+        """Of this config, these versions and this device: no other run goes on in it."""
+        key = json.dumps(self._key, sort_keys=True).encode()
+        return self.folder / f"{name}-{zlib.crc32(key):08x}"
+
     def _in_full(self, name: str, flags: list[str]) -> dict[str, Any]:
-        left = self._deadline - time.perf_counter() - _SECONDS_TO_SAVE
-        seconds = min(self.size.run_seconds, left)
-        return whole_run.run_in_full(flags, self.folder / name, seconds)
+        seconds = self._seconds_left() - _SECONDS_TO_SAVE
+        return whole_run.run_in_full(flags, self._run_folder(name), seconds)
 
     def _profile(self) -> dict[str, Any]:
-        seconds = min(self.size.run_seconds, 150.0)
-        return whole_run.run_profile(self.given.flags(), self.folder / "profile", seconds)
+        seconds = self._seconds_left() - _SECONDS_TO_SAVE
+        return whole_run.run_profile(self.given.flags(), self._run_folder("profile"), seconds)
 
     def _ladder_piece(self) -> _Piece:
         path = ROOT / "configs" / "speedrun.py"
-        work = functools.partial(self._in_full, "ladder", [f"--config={path}"])
+        changes = _MINIATURE if self.is_miniature else {}
+        flags = dataclasses.replace(self.given, path=str(path), overrides={}).flags(**changes)
         absent = "" if path.is_file() else "no configs/speedrun.py here"
+        work = functools.partial(self._in_full, "ladder", flags)
         return _Piece("ladder", _LEAST_STRETCH, work, absent)
 
     def _peer_pieces(self) -> list[_Piece]:
-        absent = ""
-        if importlib.util.find_spec("torch") is None:
-            absent = "PyTorch is not installed"
-        elif not (ROOT / "benchmarks").is_dir():
-            absent = "benchmarks/ is not here"
+        absent = self._peer_absent
         screens = [
             _Piece(f"peer-{at.name}", 240.0, functools.partial(self._screen, at), absent)
             for at in self.size.variants
@@ -194,6 +221,7 @@ class Suite:
                 240.0,
                 functools.partial(self._pair, ratio),
                 absent,
+                functools.partial(self._is_of_the_fastest, ratio),
             )
             for ratio in self.size.ratios
             for number in range(self.size.num_pairs)
@@ -205,31 +233,33 @@ class Suite:
         return peer.Peer(
             self.given,
             self.folder,
-            python=sys.executable,
+            python=self._peer_python,
             num_images=self.size.num_images,
             num_workers=min(self.given.config.data.num_workers, os.cpu_count() or 1),
-            timeout=self.size.most_seconds,
+            seconds_left=self._seconds_left,
         )
 
     def _screen(self, variant: peer.Variant) -> dict[str, Any]:
-        return self._peer.theirs(variant, "none")
+        return self._peer.theirs(variant, variant.augment)
 
     def _pair(self, ratio: peer.Ratio) -> dict[str, Any]:
-        variant = peer.fastest(self._screened(), ratio.dtype)
+        variant = peer.fastest(self._screened(), ratio)
         return {**self._peer.pair(ratio, variant), "variant": variant.name}
+
+    def _is_of_the_fastest(self, ratio: peer.Ratio, figures: dict[str, Any]) -> bool:
+        try:
+            return figures["variant"] == peer.fastest(self._screened(), ratio).name
+        except MeasurementError:
+            return False
 
     def _screened(self) -> dict[peer.Variant, Any]:
         found = {at: self.figures(f"peer-{at.name}") for at in self.size.variants}
         return {at: figures for at, figures in found.items() if figures}
 
-    def _run(self, arguments: list[str], *, prints_json: bool = True) -> dict[str, Any]:
-        command = ["-m", "jepa_jax.benchmark", *arguments]
-        return run_json(command, timeout=self.size.most_seconds, expects_json=prints_json)
-
     # --- files ------------------------------------------------------------------------------------
 
     def figures(self, name: str) -> dict[str, Any] | None:
-        """Those of a piece that was measured, of this config with these versions."""
+        """Those of a piece that was measured, of this config, these versions and this device."""
         path = self.folder / f"{name}.json"
         if not path.exists():
             return None
@@ -238,6 +268,10 @@ class Suite:
         except JepaError:
             return None
         return stored["figures"] if stored.get("key") == self._key else None
+
+    def _current(self, piece: _Piece) -> dict[str, Any] | None:
+        figures = self.figures(piece.name)
+        return figures if figures is not None and piece.is_current(figures) else None
 
     def measure(self, minutes: float | None = None) -> bool:
         """Measures what is missing; whether everything is there or was tried.
@@ -248,7 +282,7 @@ class Suite:
         if minutes:
             self._deadline = time.perf_counter() + 60 * minutes
         for piece in self.pieces():
-            while not piece.absent and self.figures(piece.name) is None:
+            while not piece.absent and self._current(piece) is None:
                 if time.perf_counter() + piece.seconds > self._deadline:
                     return False
                 if self._measure(piece):
@@ -259,13 +293,17 @@ class Suite:
         """Whether the piece is over: written or failed, not only begun."""
         say(f"{'measuring':<10}{piece.name}")
         began = time.perf_counter()
+        self._piece_deadline = min(began + self.size.most_seconds, self._deadline)
         try:
             figures = piece.measure()
         except whole_run.Unfinished:
             return False
         except MeasurementError as error:
-            self.errors[piece.name] = str(error)
             say(f"{'failed':<10}{piece.name}: {error}")
+            # Cut short by --minutes it was only begun.
+            if time.perf_counter() >= self._deadline:
+                return False
+            self.errors[piece.name] = str(error)
             return True
         what = f"{piece.name}, one piece of --suite"
         seconds = time.perf_counter() - began
@@ -275,24 +313,15 @@ class Suite:
 
     def write(self) -> tuple[pathlib.Path, pathlib.Path]:
         """Writes suite.json and suite.md from what is there; their paths."""
-        pieces = {piece.name: self.figures(piece.name) for piece in self.pieces()}
-        reasons = {piece.name: self._reason(piece) for piece in self.pieces()}
+        of_suite = self.pieces()
+        pieces = {piece.name: self._current(piece) for piece in of_suite}
+        reasons = {piece.name: self._reason(piece) for piece in of_suite}
         missing = {name: reasons[name] for name, figures in pieces.items() if figures is None}
-        devices = sorted({text for text in map(_device_of, pieces.values()) if text})
         json_path, text_path = self.folder / "suite.json", self.folder / "suite.md"
-        write_json(
-            json_path,
-            measure.document(
-                "everything that --suite measures",
-                key=self._key,
-                devices=devices,
-                not_measured=missing,
-                pieces=pieces,
-            ),
-        )
-        lines = [f"# {self.given.name} on {', '.join(devices) or 'no device yet'}", ""]
-        if len(devices) > 1:
-            lines += ["The pieces were measured on different devices: compare none of them.", ""]
+        what = "everything that --suite measures"
+        content = measure.document(what, key=self._key, not_measured=missing, pieces=pieces)
+        write_json(json_path, content)
+        lines = [f"# {self.given.name} on {self._key['device']}", ""]
         if self.is_miniature:
             lines += ["In miniature: no figure here says anything about speed.", ""]
         found = ", ".join(f"{name} {text}" for name, text in self._key["versions"].items())
@@ -304,7 +333,6 @@ class Suite:
         return piece.absent or self.errors.get(piece.name, "not yet")
 
     def _tables(self, pieces: dict[str, Any], reasons: dict[str, str]) -> list[Table]:
-        rates, step, started = (pieces[name] for name in ("rates", "step", "startup"))
         rows = [
             pieces[f"{kind}-{value}"]
             or {
@@ -315,22 +343,16 @@ class Suite:
             }
             for kind, value in sweep.points(self.size.batch_sizes, self.size.dims)
         ]
-        found: list[Table] = []
-        if rates:
-            found.append(measure.rates_table(rates["rates"]))
-        else:
-            found.append(_missing("Rates of the device", reasons["rates"]))
-        if step:
-            found += measure.step_tables(step)
-        else:
-            found.append(_missing("A step and its shares", reasons["step"]))
-        found.append(measure.startup_table(started or {"error": reasons["startup"]}))
-        found.append(_run_table(f"{self.given.name} in full", pieces["rapid"], reasons["rapid"]))
-        found += sweep.sweep_tables(rows, rates and rates["rates"]["matmul"])
-        found.append(_ladder_table(pieces["ladder"], reasons["ladder"]))
-        found += self._peer_tables(pieces, reasons)
-        found.append(_profile_table(pieces["profile"], reasons["profile"]))
-        return found
+        rates = pieces["rates"]
+        return [
+            *_step_tables(pieces, reasons),
+            measure.startup_table(pieces["startup"] or {"error": reasons["startup"]}),
+            _run_table(f"{self.given.name} in full", pieces["rapid"], reasons["rapid"]),
+            *sweep.sweep_tables(rows, rates and rates["rates"]["matmul"]),
+            _ladder_table(pieces["ladder"], reasons["ladder"]),
+            _profile_table(pieces["profile"], reasons["profile"]),
+            *self._peer_tables(pieces, reasons),
+        ]
 
     def _peer_tables(self, pieces, reasons) -> list[Table]:
         names = [variant.name for variant in self.size.variants]
@@ -356,13 +378,46 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
-def _device_of(figures: dict[str, Any] | None) -> str:
-    measured = (figures or {}).get("measured") or figures or {}
-    return measured.get("environment", {}).get("device", "")
-
-
 def _missing(title: str, reason: str) -> Table:
     return Table(title, ("", "figure"), [["all of it", NOT_MEASURED]], reason)
+
+
+def _step_tables(pieces: dict[str, Any], reasons: dict[str, str]) -> list[Table]:
+    """Of the device's rates, the step and its shares, each from the pieces that it needs."""
+    rates, step, parts, after = (pieces[name] for name in ("rates", "step", "shares", "epoch"))
+    beside: dict[str, Any] = {}
+    if rates and step:
+        xla = parts and parts["xla"]
+        beside = measure.step_beside_rates(step["step"], rates["rates"], xla)
+
+    def table(title: str, needs: tuple[str, ...], make: Callable[[], Table]) -> Table:
+        lacking = [f"{name}: {reasons[name]}" for name in needs if not pieces[name]]
+        return _missing(title, "; ".join(lacking)) if lacking else make()
+
+    def speed(name: str) -> float:
+        return step["step"][name]["median"]
+
+    return [
+        table("Rates of the device", ("rates",), lambda: measure.rates_table(rates["rates"])),
+        table("A step", ("rates", "step"), lambda: measure.step_table(beside["step"])),
+        table(
+            "Roofline",
+            ("rates", "step", "shares"),
+            lambda: measure.roofline_table(beside["roofline"], beside["step"]),
+        ),
+        table(
+            "Shares of a step",
+            ("step", "shares"),
+            lambda: measure.shares_table(shares.with_shares(parts["parts"], speed("step_seconds"))),
+        ),
+        table(
+            "After an epoch",
+            ("step", "epoch"),
+            lambda: measure.epoch_table(
+                shares.of_an_epoch(after["parts"], speed("images_per_second"))
+            ),
+        ),
+    ]
 
 
 def _run_table(title: str, run: dict[str, Any] | None, reason: str) -> Table:
@@ -399,10 +454,15 @@ def _profile_table(profile: dict[str, Any] | None, reason: str) -> Table:
 
 
 def run_suite(
-    given: GivenConfig, folder: pathlib.Path, *, minutes: float | None, is_miniature: bool
+    given: GivenConfig,
+    folder: pathlib.Path,
+    *,
+    minutes: float | None,
+    is_miniature: bool,
+    peer_python: str,
 ) -> int:
     """Measures what is missing and writes the tables; the command's exit code."""
-    suite = Suite(given, folder, is_miniature=is_miniature)
+    suite = Suite(given, folder, is_miniature=is_miniature, peer_python=peer_python)
     began = time.perf_counter()
     try:
         is_over = suite.measure(minutes)

@@ -16,7 +16,6 @@ DIMS = (512, 1024, 2048, 4096, 8192)
 _REFERENCE_BATCH = 512
 # On a CPU a step that takes longer is not waited for.
 _MOST_SECONDS = 60.0
-_DOES_NOT_FIT = ("RESOURCE_EXHAUSTED", "the device has", "out of memory", "exit code -9")
 
 
 def points(
@@ -68,7 +67,7 @@ def measure_point(
     try:
         row["measured"] = run_json(command, timeout=timeout)
     except MeasurementError as error:
-        if not any(sign in str(error) for sign in _DOES_NOT_FIT):
+        if not error.is_out_of_memory:
             raise
         row["reason"] = f"does not fit: {error}"
     return row
@@ -135,7 +134,7 @@ def run_sweep(given: GivenConfig, arguments: Sequence[str] = (), on_point=lambda
       arguments: further ones of `--measure-step`.
       on_point: called with each row as it is there.
     """
-    rates = run_json(["-m", "jepa_jax.benchmark", "--measure-rates"])
+    rates = run_json(["-m", "jepa_jax.benchmark", "--measure-rates", *given.flags()])
     rows: list[dict[str, Any]] = []
     for kind, value in points():
         try:

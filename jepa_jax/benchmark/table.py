@@ -48,10 +48,10 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def with_range(figures: Mapping[str, Any] | None, scale: float = 1.0) -> str:
-    """'12.3 (12.1-12.6)', the median of a `timing.spread` and its range."""
+    """'12.3 (12.1-12.6)', a `timing.spread`'s median and range; one value alone has no range."""
     if figures is None:
         return NOT_MEASURED
-    if "min" not in figures:
+    if "min" not in figures or figures.get("n") == 1:
         return number(figures["median"] * scale)
     low, high = (number(figures[name] * scale) for name in ("min", "max"))
     return f"{number(figures['median'] * scale)} ({low}-{high})"

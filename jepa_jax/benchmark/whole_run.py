@@ -1,16 +1,20 @@
 """Runs of the real command: a recipe in full, in stretches that a signal ends, and a profile."""
 
 import pathlib
+import shutil
 import signal
-import threading
+from collections.abc import Callable
 from typing import Any
 
-from jepa_jax.benchmark.processes import Lines, MeasurementError, last_words, process
+from jepa_jax.benchmark.processes import Ending, MeasurementError, failure, watch
 from jepa_jax.benchmark.startup import FIRST_STEP
 from jepa_jax.metrics import read_json, read_metrics
 
 # Of an interval from the first step to the last probe.
 _PHASES = ("training", "online evaluation", "watch", "checkpoints")
+# Exit codes of a run that was told to stop: it saved and said so, or was not yet, or no longer,
+# listening, or did not listen for a minute.
+_STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL)
 RUNGS = (0.55, 0.70, 0.80, 0.85, 0.90)
 
 
@@ -18,27 +22,42 @@ class Unfinished(Exception):
     """A run was stopped in time and saved: the same call goes on."""
 
 
-def _train(arguments: list[str], folder: pathlib.Path, seconds: float, until=None) -> int:
-    """Runs main until it ends, is stopped after `seconds`, or `until()` is true; its exit code.
+def _train(
+    arguments: list[str],
+    folder: pathlib.Path,
+    seconds: float,
+    until: Callable[[], Any] = lambda: False,
+) -> Ending:
+    """Runs main until it ends, is stopped after `seconds`, or `until()` is true.
 
-    Its lines are added to stdout.log, what it says on stderr is stderr.log.
+    Its lines are added to stdout.log, each after the seconds since the launch at which it came;
+    what it says on stderr is stderr.log.
     """
-    errors = folder / "stderr.log"
-    with (
-        errors.open("w") as error_file,
-        (folder / "stdout.log").open("a") as log,
-        process(["-m", "jepa_jax.main", *arguments], errors=error_file) as child,
-    ):
-        timer = threading.Timer(seconds, child.terminate)
-        timer.start()
-        try:
-            for _, line in Lines(child):
-                print(line, file=log, flush=True)
-                if until and until():
-                    child.terminate()
-            return child.wait()
-        finally:
-            timer.cancel()
+    with (folder / "stdout.log").open("a") as log:
+
+        def on_line(at: float, line: str) -> bool:
+            print(f"{at:.2f} {line}", file=log, flush=True)
+            return bool(until())
+
+        return watch(
+            ["-m", "jepa_jax.main", *arguments],
+            errors=folder / "stderr.log",
+            seconds=seconds,
+            on_line=on_line,
+        )
+
+
+def _seconds_to_first_steps(log: str) -> list[float]:
+    """From the launch of each process, in the order of the processes."""
+    lines = [line.split(" ", 1) for line in log.splitlines() if " " in line]
+    return [float(at) for at, said in lines if FIRST_STEP.search(said)]
+
+
+def _saved_step(workdir: pathlib.Path) -> int:
+    """The newest checkpoint's, -1 if there is none."""
+    folder = workdir / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return max((int(name) for name in names if name.isdigit()), default=-1)
 
 
 def run_in_full(flags: list[str], folder: pathlib.Path, seconds: float) -> dict[str, Any]:
@@ -51,28 +70,31 @@ def run_in_full(flags: list[str], folder: pathlib.Path, seconds: float) -> dict[
 
     Returns:
       seconds from the first step to the last probe, over all processes, and what they went to; the
-      seconds from each process's command to its first step; speed, accuracy, and the seconds of
+      seconds from each process's launch to its first step; speed, accuracy, and the seconds of
       steps until the online probe passed 55, 70, 80, 85 and 90 % on the validation images.
 
     Raises:
       Unfinished: it was stopped, and the same call goes on.
-      MeasurementError: it failed.
+      MeasurementError: it failed, or in all its time came no step further.
     """
     folder.mkdir(parents=True, exist_ok=True)
     workdir = folder / "run"
     arguments = [*flags, f"--workdir={workdir}", "--noreport", "--config.logging.save_every=1"]
-    code = _train(arguments, folder, seconds)
-    if code == 128 + signal.SIGTERM:
+    step_before = _saved_step(workdir)
+    ending = _train(arguments, folder, seconds)
+    if ending.is_out_of_time and ending.code in _STOPPED:
+        if _saved_step(workdir) == step_before:
+            raise MeasurementError(f"no step further in {seconds:.0f} s")
         raise Unfinished
-    if code:
-        raise MeasurementError(last_words((folder / "stderr.log").read_text(), code))
+    if ending.code:
+        raise failure((folder / "stderr.log").read_text(), ending.code)
     summary, rows = read_json(workdir / "summary.json"), read_metrics(workdir / "metrics.jsonl")
     phases = {name: summary["seconds"].get(name, 0.0) for name in _PHASES}
     output = (folder / "stdout.log").read_text()
     return {
         "first_step_to_last_probe_seconds": sum(phases.values()),
         "phases": phases,
-        "command_to_first_step_seconds": [float(text) for text in FIRST_STEP.findall(output)],
+        "command_to_first_step_seconds": _seconds_to_first_steps(output),
         "epochs": summary["epochs"],
         "steps": summary["steps"],
         "images_per_second": summary["images_per_second"],
@@ -93,21 +115,22 @@ def _seconds_to(rows: list[dict[str, Any]], rung: float) -> float | None:
 
 
 def run_profile(flags: list[str], folder: pathlib.Path, seconds: float) -> dict[str, Any]:
-    """A run with --profile, ended once its trace is written.
+    """A run with --profile, ended once its trace is written; an older one of the folder goes.
 
     Raises:
       MeasurementError: it failed, or wrote no trace in `seconds`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     profile = folder / "run" / "profile"
 
     def traces() -> list[pathlib.Path]:
         return sorted(path for path in profile.rglob("*") if path.is_file())
 
     arguments = [*flags, f"--workdir={folder / 'run'}", "--noreport", "--profile"]
-    code = _train(arguments, folder, seconds, until=traces)
+    ending = _train(arguments, folder, seconds, until=traces)
     if not traces():
-        raise MeasurementError(last_words((folder / "stderr.log").read_text(), code))
+        raise failure((folder / "stderr.log").read_text(), ending.code)
     return {
         "files": {str(path.relative_to(profile)): path.stat().st_size for path in traces()},
         "folder": str(profile.relative_to(folder.parent)),
