@@ -1,7 +1,10 @@
 """Checkpoints by orbax: the latest and the best kept, a half-written one never picked up."""
 
+import gc
+import logging
 import pathlib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -93,20 +96,22 @@ class Checkpoints:
         Raises:
           CheckpointError: if the checkpoint is damaged, or of another model than the template.
         """
-        try:
+
+        def read():
             args = ocp.args.Composite(shapes=ocp.args.JsonRestore())
             check_shapes(self._manager.restore(step, args=args).shapes, template)
-            restored = self._manager.restore(
+            return self._manager.restore(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardRestore(template), progress=ocp.args.JsonRestore()
                 ),
             )
-        except Exception as error:  # orbax, tensorstore and json each raise their own kinds
-            raise CheckpointError(
-                f"checkpoint {self._folder / str(step)} cannot be restored: it is damaged or holds "
-                f"another model ({_reason(error)})"
-            ) from error
+
+        restored = _read_or_one_line(
+            read,
+            f"checkpoint {self._folder / str(step)} cannot be restored: it is damaged or holds "
+            "another model",
+        )
         return restored.state, restored.progress
 
     def wait(self) -> None:
@@ -118,10 +123,25 @@ class Checkpoints:
         self._manager.close()
 
 
-def _reason(error: Exception) -> str:
-    """The first line of an error that may have many."""
-    first = (str(error).strip() or "no message").splitlines()[0]
-    return f"{type(error).__name__}: {first[:200]}"
+def _read_or_one_line(read: Callable[[], Any], message: str) -> Any:
+    """What `read` returns; any error of it becomes a CheckpointError of one line.
+
+    orbax leaves the other reads of a failed restore pending on a closed event loop, held by the
+    error's traceback. Their end prints warnings whenever the collector comes by, in whatever the
+    user does then; so the error is dropped, and they end here, in silence.
+    """
+    try:
+        return read()
+    except Exception as error:  # orbax, tensorstore and json each raise their own kinds
+        first = (str(error).strip() or "no message").splitlines()[0]
+        reason = f"{type(error).__name__}: {first[:200]}"
+    asyncio_log = logging.getLogger("asyncio")
+    disabled, asyncio_log.disabled = asyncio_log.disabled, True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # "coroutine was never awaited"
+        gc.collect()
+    asyncio_log.disabled = disabled
+    raise CheckpointError(f"{message} ({reason})")
 
 
 def shapes_of(tree: Any) -> dict[str, list[int]]:
@@ -180,7 +200,8 @@ def load_tree(folder: pathlib.Path) -> Any:
     Raises:
       CheckpointError: if it is damaged.
     """
-    try:
+
+    def read():
         with ocp.StandardCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(folder.absolute()).item_metadata.tree
             sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -189,5 +210,5 @@ def load_tree(folder: pathlib.Path) -> Any:
                 metadata,
             )
             return checkpointer.restore(folder.absolute(), template)
-    except Exception as error:
-        raise CheckpointError(f"{folder} cannot be read ({_reason(error)})") from error
+
+    return _read_or_one_line(read, f"{folder} cannot be read")
