@@ -31,6 +31,20 @@ def loss_fn(key, z1, z2, hparams):
     return terms["sum"], {**terms, "steep": jnp.sqrt(jnp.mean(z1 - z1))}
 
 
+def watch_of(apply, images, *, term_weights=None, batch_size=70):
+    return Watch(
+        ModelFns(lambda key, x: {}, apply),
+        augment_fn=as_it_is,
+        loss_fn=loss_fn,
+        term_weights=term_weights or {},
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        images=images,
+        batch_size=batch_size,
+        hparams=HPARAMS,
+    )
+
+
 @pytest.fixture(scope="module")
 def images():
     return np.random.default_rng(0).integers(0, 255, (70, 2, 2, 3)).astype(np.uint8)
@@ -44,17 +58,7 @@ def variables():
 
 @pytest.fixture(scope="module")
 def watch(images):
-    return Watch(
-        ModelFns(lambda key, x: {}, apply),
-        augment_fn=as_it_is,
-        loss_fn=loss_fn,
-        term_weights={"square": 4.0},
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
-        images=images,
-        batch_size=32,
-        hparams=HPARAMS,
-    )
+    return watch_of(apply, images, term_weights={"square": 4.0}, batch_size=32)
 
 
 def exp_entropy(shares):
@@ -85,17 +89,7 @@ def test_a_long_spectrum_is_thinned_and_keeps_its_ends(images):
         z = x.reshape(len(x), -1) @ wide
         return (z, z), {}
 
-    watch = Watch(
-        ModelFns(lambda key, x: {}, flat),
-        augment_fn=as_it_is,
-        loss_fn=loss_fn,
-        term_weights={},
-        mean=(0.0,) * 3,
-        std=(1.0,) * 3,
-        images=images,
-        batch_size=70,
-        hparams=HPARAMS,
-    )
+    watch = watch_of(flat, images)
     found = watch.representation({"params": {}})
     ranks = found["z_spectrum_ranks"]
     assert ranks[0] == 1 and ranks[-1] == 300 and len(ranks) == len(set(ranks)) <= 64
@@ -179,15 +173,5 @@ def test_parameters_of_any_tree_will_do(images):
         h = variables["params"][0] * jnp.mean(x, axis=(1, 2))
         return (h, h), {}
 
-    watch = Watch(
-        ModelFns(lambda key, x: {}, apply),
-        augment_fn=as_it_is,
-        loss_fn=loss_fn,
-        term_weights={},
-        mean=(0.0,) * 3,
-        std=(1.0,) * 3,
-        images=images,
-        batch_size=70,
-        hparams=HPARAMS,
-    )
+    watch = watch_of(apply, images)
     assert watch.gradient_norms({"params": (jnp.float32(1.0),)})["sum"] > 0
