@@ -50,6 +50,7 @@ from jepa_jax.train_step import (
     RESERVED_METRICS,
     LossFn,
     TrainState,
+    TrainStep,
     make_train_step,
     probe_logits,
     stream_key,
@@ -62,9 +63,9 @@ _TERM_OF = {"sim_coeff": "invariance_loss", "std_coeff": "var_loss", "cov_coeff"
 # --- steps ------------------------------------------------------------------------------------
 
 
-def make_runner(plan: Plan, state: TrainState) -> Runner:
-    """The compiled step of a plan; `state` gives shapes alone."""
-    train_step = make_train_step(
+def train_step_of(plan: Plan) -> TrainStep:
+    """The step of a plan, pure and not yet jitted."""
+    return make_train_step(
         plan.encoder.model,
         augment_fn=plan.augment_fn,
         mean=plan.encoder.mean,
@@ -72,8 +73,12 @@ def make_runner(plan: Plan, state: TrainState) -> Runner:
         loss_fn=plan.loss_fn,
         optimizer=plan.config.optim.name,
     )
+
+
+def make_runner(plan: Plan, state: TrainState) -> Runner:
+    """The compiled step of a plan; `state` gives shapes alone."""
     return Runner(
-        train_step,
+        train_step_of(plan),
         state,
         plan.hparams,
         plan.dataset.train_images,

@@ -64,6 +64,7 @@ class TrainState:
 
 
 LossFn = Callable[[jax.Array, jax.Array, jax.Array, HParams], tuple[jax.Array, Metrics]]
+TrainStep = Callable[[TrainState, jax.Array, jax.Array, HParams], tuple[TrainState, Metrics]]
 AugmentFn = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
@@ -190,7 +191,7 @@ def make_train_step(
     std: tuple[float, ...],
     loss_fn: LossFn = vicreg,
     optimizer: str = "lars",
-) -> Callable[[TrainState, jax.Array, jax.Array, HParams], tuple[TrainState, Metrics]]:
+) -> TrainStep:
     """The step `(state, images, labels, hparams) -> (state, metrics)`, pure and not yet jitted.
 
     The two views go through the model one after the other, each with its own batch statistics, as

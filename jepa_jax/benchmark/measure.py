@@ -28,8 +28,7 @@ from jepa_jax.config_flags import GivenConfig, fit_to_device
 from jepa_jax.errors import JepaError
 from jepa_jax.plan import Plan, initial_state
 from jepa_jax.progress import say
-from jepa_jax.train import make_runner
-from jepa_jax.train_step import make_train_step
+from jepa_jax.train import make_runner, train_step_of
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
@@ -91,20 +90,12 @@ def _flops_before_compiling(plan: Plan) -> float | None:
         cpu = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS names others alone
         return None
-    train_step = make_train_step(
-        plan.encoder.model,
-        augment_fn=plan.augment_fn,
-        mean=plan.encoder.mean,
-        std=plan.encoder.std,
-        loss_fn=plan.loss_fn,
-        optimizer=plan.config.optim.name,
-    )
     batch_size = plan.config.data.batch_size
     images = jax.ShapeDtypeStruct((batch_size, *plan.dataset.image_shape), jnp.uint8)
     labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     state = jax.eval_shape(lambda: initial_state(plan))
     with jax.default_device(cpu):
-        lowered = jax.jit(train_step).lower(state, images, labels, plan.hparams)
+        lowered = jax.jit(train_step_of(plan)).lower(state, images, labels, plan.hparams)
     return (lowered.cost_analysis() or {}).get("flops")
 
 
