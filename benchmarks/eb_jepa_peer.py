@@ -41,6 +41,8 @@ def rapid(batch_size: int) -> Recipe:
         stem_stride=1,
         stem_padding=2,
         stem_pool=False,
+        expand_dim=0,
+        view_size=32,
         use_projector=True,
         proj_hidden_dim=4096,
         proj_output_dim=4096,

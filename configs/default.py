@@ -20,6 +20,6 @@ def get_config() -> ConfigDict:
     config.loss.std_coeff = 1.0
     config.loss.cov_coeff = 80.0  # the paper's balance at 2048 outputs is 82
     config.optim.lr = 0.3
-    config.optim.epochs = 300
+    config.optim.epochs = 300.0
     config.optim.warmup_epochs = 10.0
     return config

@@ -15,5 +15,5 @@ def get_config() -> ConfigDict:
     config = rapid.get_config()
     config.data.batch_size = 512  # 97 steps an epoch in place of 16
     config.optim.lr = 0.3  # the rate that goes with the smaller batch
-    config.optim.epochs = 800
+    config.optim.epochs = 800.0
     return config

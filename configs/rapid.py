@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
     config.data.num_workers = 16  # threads that decode streamed data; resident data needs none
     config.data.data_dir = ""  # new; empty: $EBJEPA_DSETS, $TFDS_DATA_DIR, tfds's default
     config.data.placement = "auto"  # new; device, stream, or auto: device when it fits
+    config.data.view_size = 0  # new; side of the views in pixels; 0: that of the images
     config.data.num_val = 5000  # new; training images held out from every probe, for val/*
     config.data.mean = (0.4914, 0.4822, 0.4465)  # new; the reference's constants
     config.data.std = (0.2023, 0.1994, 0.2010)  # new
@@ -43,6 +44,7 @@ def get_config() -> ConfigDict:
     config.model.stem_stride = 1  # new; 2 makes every map four times smaller
     config.model.stem_padding = 2  # new; the reference's, 34x34 maps; the usual CIFAR stem has 1
     config.model.stem_pool = False  # new; a max-pool that halves the map after the stem
+    config.model.expand_dim = 0  # new; features of a 1x1 convolution after the last stage; 0: none
     config.model.stem_init = "random"  # new; or whitening, by eigenvectors of image patches
 
     config.loss = ConfigDict()
@@ -53,7 +55,7 @@ def get_config() -> ConfigDict:
 
     config.optim = ConfigDict()
     config.optim.name = "lars"  # new; lars (with clipping, as the reference), sgd, adamw, muon
-    config.optim.epochs = 50
+    config.optim.epochs = 50.0  # a part of one, as in 1.5, ends within an epoch
     config.optim.lr = 0.707  # the guide's choice, by a search of 5 epochs inside the warm-up
     config.optim.weight_decay = 1e-4  # of weights only, never of biases and BatchNorm
     config.optim.momentum = 0.9  # new; of lars and sgd

@@ -19,7 +19,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from jepa_jax import checkpoint
-from jepa_jax.config import SCHEMA_VERSION, create_encoder
+from jepa_jax.config import SCHEMA_VERSION, create_encoder, feature_dim
 from jepa_jax.errors import CheckpointError, Interrupted
 from jepa_jax.interop import TorchModel, encoder_tensors, projector_tensors, serialize_encoder
 from jepa_jax.metrics import read_json, write_json
@@ -114,6 +114,7 @@ def save_import(model: TorchModel, folder: str | os.PathLike[str]) -> None:
         "stem_stride": resnet.stem_stride,
         "stem_padding": resnet.stem_padding,
         "stem_pool": resnet.stem_pool,
+        "expand_dim": resnet.expand_dim,
         "use_projector": projector is not None,
     }
     if projector is not None:
@@ -216,7 +217,8 @@ def _architecture(config: dict[str, Any]) -> dict[str, Any]:
     return {
         "type": "ResNet of basic blocks",
         **{name: model[name] for name in names},
-        "feature_dim": model["width"] * 2 ** (len(model["stage_sizes"]) - 1),
+        "expand_dim": model.get("expand_dim", 0),
+        "feature_dim": feature_dim(model),
         "projector": projector,
         "compute_dtype": training["dtype"] if training["use_amp"] else "float32",
     }

@@ -269,6 +269,16 @@ def to_float(images: jax.Array) -> jax.Array:
     return images.astype(jnp.float32)
 
 
+def resize_images(images: jax.Array, size: int) -> jax.Array:
+    """Images uint8 or [0, 1], [B, H, W, C], to float32 in [0, 1], [B, size, size, C].
+
+    Bilinear with anti-aliasing, as the crops of a view are.
+    """
+    images = to_float(images)
+    shape = (images.shape[0], size, size, images.shape[-1])
+    return images if images.shape == shape else jax.image.resize(images, shape, "bilinear")
+
+
 def two_views(
     key: jax.Array, images: jax.Array, *, size: int | None = None, **view_options
 ) -> tuple[jax.Array, jax.Array]:

@@ -57,6 +57,7 @@ _KEYS = {
     "data.num_workers": _at_least(1),
     "data.data_dir": _TEXT,
     "data.placement": _one_of("auto", "device", "stream"),
+    "data.view_size": _Key(int, "0 or at least 8", lambda value: value == 0 or value >= 8),
     "data.num_val": _at_least(1),
     "data.mean": _CHANNELS,
     "data.std": _Key(tuple, "three numbers above 0", lambda v: len(v) == 3 and min(v) > 0),
@@ -74,13 +75,14 @@ _KEYS = {
     "model.stem_stride": _Key(int, "1 or 2", lambda value: value in (1, 2)),
     "model.stem_padding": _Key(int, "1, 2 or 3", lambda value: value in (1, 2, 3)),
     "model.stem_pool": _FLAG,
+    "model.expand_dim": _at_least(0),
     "model.stem_init": _one_of("random", "whitening"),
     "loss.type": _one_of("vicreg"),
     "loss.sim_coeff": _NOT_NEGATIVE,
     "loss.std_coeff": _NOT_NEGATIVE,
     "loss.cov_coeff": _NOT_NEGATIVE,
     "optim.name": _one_of(*OPTIMIZERS),
-    "optim.epochs": _at_least(1),
+    "optim.epochs": _POSITIVE,
     "optim.lr": _POSITIVE,
     "optim.weight_decay": _NOT_NEGATIVE,
     "optim.momentum": _Key(float, "in [0, 1)", lambda value: 0 <= value < 1),
@@ -170,8 +172,8 @@ def validate(config: ConfigDict) -> None:
     optim = config.optim
     if optim.warmup_epochs > optim.epochs:
         raise ConfigError(
-            f"config.optim.warmup_epochs ({optim.warmup_epochs}) is longer than "
-            f"config.optim.epochs ({optim.epochs})"
+            f"config.optim.warmup_epochs ({optim.warmup_epochs:g}) is longer than "
+            f"config.optim.epochs ({optim.epochs:g})"
         )
     if config.model.stem_init == "whitening" and config.model.width % 2:
         raise ConfigError("config.model.stem_init=whitening needs an even config.model.width")
@@ -181,6 +183,12 @@ def validate(config: ConfigDict) -> None:
             f"config.model.stem_init=whitening has at most {most} filters ({side}x{side} patches "
             f"of 3 channels, both signs), config.model.width is {config.model.width}"
         )
+
+
+def feature_dim(model: Mapping[str, Any]) -> int:
+    """F of the `model` section of a config."""
+    width, stages = model["width"], len(model["stage_sizes"])
+    return model.get("expand_dim", 0) or width * 2 ** (stages - 1)
 
 
 def compute_dtype(config: ConfigDict) -> Any:
@@ -206,6 +214,8 @@ def create_encoder(config: ConfigDict, encoder: nn.Module | ModelFns | None = No
                 stem_stride=model.stem_stride,
                 stem_padding=model.stem_padding,
                 stem_pool=model.stem_pool,
+                # .get: configs of older runs, and of imported weights, have no such keys.
+                expand_dim=model.get("expand_dim", 0),
                 dtype=dtype,
                 remat=config.training.get("remat", False),
             )
@@ -226,7 +236,7 @@ def hparams_from(config: ConfigDict, steps_per_epoch: int) -> HParams:
         "warmup_start_lr": optim.warmup_start_lr,
         "min_lr": optim.min_lr,
         "warmup_steps": round(optim.warmup_epochs * steps_per_epoch),
-        "num_steps": optim.epochs * steps_per_epoch,
+        "num_steps": round(optim.epochs * steps_per_epoch),
         "sim_coeff": loss.sim_coeff,
         "std_coeff": loss.std_coeff,
         "cov_coeff": loss.cov_coeff,

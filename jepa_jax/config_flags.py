@@ -36,8 +36,9 @@ class GivenConfig:
 
     @property
     def name(self) -> str:
-        """The file's name without its ending."""
-        return pathlib.Path(self.path).stem
+        """The file's name without its ending, and what was given to it: cpu-5m of cpu.py:5m."""
+        path, _, argument = self.path.partition(":")
+        return pathlib.Path(path).stem + (f"-{argument}" if argument else "")
 
     def flags(self, **changes: Any) -> list[str]:
         """The flags with which another process gets the same config, further keys replaced."""
@@ -133,6 +134,8 @@ def _explain(error: Exception, argv: Sequence[str], path: pathlib.Path) -> str:
         if match[1] not in known_keys():
             return f"config.{match[1]} is not a known key{nearest(match[1], known_keys())}"
     text = " ".join(str(error).split())
+    if "Traceback" in text:  # of get_config, which ml_collections puts into its own error
+        return f"config file {path} cannot be run: {str(error).strip().splitlines()[-1]}"
     if isinstance(error, flags.Error):
         return text
     return f"config file {path} cannot be run: {type(error).__name__}: {text}"

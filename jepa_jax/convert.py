@@ -71,9 +71,11 @@ def _sizes(model: dict[str, Any]) -> str:
     blocks = ", ".join(map(str, model["stage_sizes"]))
     pool = ", max-pool" if model["stem_pool"] else ""
     kernel = model["stem_kernel"]
+    expand_dim = model.get("expand_dim", 0)
+    expansion = f"; expanded to {expand_dim} features" if expand_dim else ""
     return (
         f"ResNet of {blocks} basic blocks, width {model['width']}; {kernel}x{kernel} stem of "
-        f"stride {model['stem_stride']}, padding {model['stem_padding']}{pool}"
+        f"stride {model['stem_stride']}, padding {model['stem_padding']}{pool}{expansion}"
     )
 
 

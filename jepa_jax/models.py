@@ -110,7 +110,7 @@ class ResNet(nn.Module):
     stem for larger images is stem_kernel=7, stem_stride=2, stem_padding=3, stem_pool=True.
 
     Stage i has `stage_sizes[i]` blocks of `width * 2**i` channels and halves the map from the
-    second stage on; F = width * 2**(num_stages - 1).
+    second stage on; F = width * 2**(num_stages - 1), or `expand_dim`.
 
     Attributes:
       stage_sizes: blocks per stage; (2, 2, 2, 2) is ResNet-18.
@@ -119,6 +119,9 @@ class ResNet(nn.Module):
       stem_stride: 1 as usual on CIFAR; 2 makes every map four times smaller.
       stem_padding: 1 is the community's CIFAR stem; the reference pads 2, which gives 34x34 maps.
       stem_pool: whether a 3x3 max-pool of stride 2 follows the stem.
+      expand_dim: where not 0, the last stage ends in a 1x1 convolution to that many channels, with
+        BatchNorm and ReLU, ahead of the pooling (the last layer of MobileNetV2, arXiv 1801.04381):
+        F for the price of a small product. docs/recipe.md has what it gained.
       dtype: of the computation; parameters and BatchNorm's statistics are float32.
       remat: keeps of every block its input alone for the backward pass, which computes the rest
         anew: less memory, more time, the same numbers.
@@ -130,6 +133,7 @@ class ResNet(nn.Module):
     stem_stride: int = 1
     stem_padding: int = 1
     stem_pool: bool = False
+    expand_dim: int = 0
     dtype: Any = jnp.float32
     remat: bool = False
 
@@ -156,6 +160,16 @@ class ResNet(nn.Module):
                 x = make_block(
                     self.width * 2**stage, stride, self.dtype, name=f"stage{stage}_block{block}"
                 )(x, train)
+        if self.expand_dim:
+            x = nn.Conv(
+                self.expand_dim,
+                (1, 1),
+                use_bias=False,
+                kernel_init=_fan_out_normal,
+                dtype=self.dtype,
+                name="expand_conv",
+            )(x)
+            x = nn.relu(_batch_norm(train, self.dtype)(name="expand_norm")(x))
         return jnp.mean(x, axis=(1, 2), dtype=_at_least_float32(x.dtype))
 
 

@@ -113,16 +113,18 @@ def lars(
 def _muon_dimension_numbers(params: optax.Params) -> optax.Params:
     """Which axes form the matrix that Muon orthogonalises: all but the last, against the last.
 
-    Without it optax.contrib.muon leaves convolutions (HWIO, four axes) to Adam.
+    Without it optax.contrib.muon leaves convolutions (HWIO, four axes) to Adam. The projector is
+    left to it on purpose: its wide matrices would take most of Muon's time, a quarter of a step of
+    configs/cpu.py, and nothing is gained by it (docs/recipe.md).
     """
-    return jax.tree.map(
-        lambda p: (
-            optax.contrib.MuonDimensionNumbers(tuple(range(p.ndim - 1)), p.ndim - 1)
-            if p.ndim > 1
-            else None
-        ),
-        params,
-    )
+
+    def numbers(path, p):
+        is_projector = path and getattr(path[0], "key", None) == "projector"
+        if p.ndim <= 1 or is_projector:
+            return None
+        return optax.contrib.MuonDimensionNumbers(tuple(range(p.ndim - 1)), p.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(numbers, params)
 
 
 def create_optimizer(
@@ -137,8 +139,8 @@ def create_optimizer(
     Args:
       name: 'lars' (see `lars`), 'sgd' (heavy-ball momentum, L2 decay), 'adamw' (decoupled decay)
         or 'muon' (momentum orthogonalised by Newton-Schulz for every weight, convolutions
-        included, and AdamW at a tenth of the rate for the one-axis parameters;
-        https://kellerjordan.github.io/posts/muon).
+        included; Adam at a tenth of the rate, without decay, for the one-axis parameters and for
+        all that lies in 'projector'; https://kellerjordan.github.io/posts/muon).
       learning_rate: this step's rate, traced or not.
       weight_decay: see each optimiser.
       momentum: of lars and sgd; adamw and muon keep their usual constants.

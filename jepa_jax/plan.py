@@ -7,10 +7,12 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import math
 import pathlib
 import platform
 import shutil
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jepa_jax import checkpoint, device
-from jepa_jax.augment import two_views
+from jepa_jax.augment import resize_images, two_views
 from jepa_jax.config import SCHEMA_VERSION, changed_keys, create_encoder, flatten, hparams_from
 from jepa_jax.data import Dataset, Records, choose_placement, load_dataset
 from jepa_jax.errors import CheckpointError, ConfigError
@@ -65,12 +67,17 @@ class Plan:
     custom: dict[str, str]
 
     @property
-    def num_epochs(self) -> int:
-        return self.config.optim.epochs
+    def num_steps(self) -> int:
+        return round(self.config.optim.epochs * self.steps_per_epoch)
 
     @property
-    def num_steps(self) -> int:
-        return self.num_epochs * self.steps_per_epoch
+    def num_epochs(self) -> int:
+        """The last one included, which may be shorter."""
+        return math.ceil(self.num_steps / self.steps_per_epoch)
+
+    def steps_of(self, epoch: int) -> int:
+        """Of epoch number `epoch`, from 0."""
+        return min(self.steps_per_epoch, self.num_steps - epoch * self.steps_per_epoch)
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -87,6 +94,14 @@ class Plan:
             return self.encoder.model.apply(self.encoder.model.init(key, images), images, False)[0]
 
         return jax.eval_shape(embed, stream_key(self.hparams.seed, "init"))[1].shape[-1]
+
+    @functools.cached_property
+    def apply_as_trained(self) -> Callable[[Any, jax.Array], jax.Array]:
+        """`encoder.apply` of images made as large as the views, to which its statistics belong."""
+        size, apply = self.config.data.view_size, self.encoder.apply
+        if not size:
+            return apply
+        return jax.jit(lambda variables, images: apply(variables, resize_images(images, size)))
 
     @property
     def has_labels(self) -> bool:
@@ -152,8 +167,16 @@ def make_plan(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from)
         scan_steps = 1
         if jax.default_backend() != "cpu":
             scan_steps = max(1, min(_SCAN_STEPS, _SCAN_IMAGES // config.data.batch_size))
-    steps_per_epoch = len(dataset.train_images) // config.data.batch_size
     given = {"loss_fn": loss_fn, "encoder": encoder, "augment_fn": augment_fn}
+    if augment_fn is None:
+        augment_fn = functools.partial(two_views, size=config.data.view_size or None)
+    steps_per_epoch = len(dataset.train_images) // config.data.batch_size
+    if round(config.optim.epochs * steps_per_epoch) < 1:
+        raise ConfigError(
+            f"config.optim.epochs ({config.optim.epochs:g}) is not one step: an epoch of "
+            f"{dataset.name} at config.data.batch_size={config.data.batch_size} has "
+            f"{steps_per_epoch}"
+        )
     return Plan(
         config=config,
         workdir=workdir,
@@ -163,7 +186,7 @@ def make_plan(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from)
         steps_per_epoch=steps_per_epoch,
         placement=placement,
         scan_steps=scan_steps,
-        augment_fn=augment_fn or two_views,
+        augment_fn=augment_fn,
         loss_fn=loss_fn or vicreg,
         init_from=init_from or "",
         custom={name: _name_of(thing) for name, thing in given.items() if thing is not None},
@@ -181,7 +204,8 @@ def initial_state(plan: Plan) -> TrainState:
     )
     state = jax.jit(create)(plan.hparams)
     if plan.config.model.stem_init == "whitening" and "encoder" not in plan.custom:
-        _whiten_stem(plan.encoder, state.params, clean_images(plan.dataset.train_images))
+        images = clean_images(plan.dataset.train_images)
+        _whiten_stem(plan.encoder, state.params, images, plan.config.data.view_size)
     return state
 
 
@@ -206,14 +230,18 @@ def untrained_variables(
     key = stream_key(jax.device_put(np.uint32(seed)), "init")
     variables = jax.jit(lambda key: encoder.model.init(key, jnp.zeros(shape, jnp.float32)))(key)
     if config.model.get("stem_init") == "whitening" and has_own_stem:
-        _whiten_stem(encoder, variables["params"], clean_images(images))
+        view_size = config.data.get("view_size", 0) if "data" in config else 0
+        _whiten_stem(encoder, variables["params"], clean_images(images), view_size)
     return variables
 
 
-def _whiten_stem(encoder: Encoder, params: Any, images: np.ndarray) -> None:
+def _whiten_stem(encoder: Encoder, params: Any, images: np.ndarray, view_size: int) -> None:
     stem = params["encoder"]["stem_conv"]
+    images = jnp.asarray(images)
+    # A patch of a smaller image holds more of it.
+    images = resize_images(images, view_size) if view_size else images
     stem["kernel"] = patch_whitening_kernel(
-        encoder.normalize(jnp.asarray(images)),
+        encoder.normalize(images),
         stem["kernel"].shape[-1],
         patch_size=stem["kernel"].shape[0],
     )

@@ -66,12 +66,12 @@ class Progress:
             left = steps_left * self._seconds / self._steps
             say(f"{'expected':<10}{duration(left)} of training from here")
 
-    def epoch(self, row: Mapping[str, float], num_epochs: int, *, as_line: bool) -> None:
+    def epoch(self, row: Mapping[str, float], num_epochs: float, *, as_line: bool) -> None:
         """Shows an epoch's row on the bar and, where asked, as a line."""
         if "val/online_probe_acc" in row:
             self._show(val_acc=f"{row['val/online_probe_acc']:.1%}")
         if as_line:
-            parts = [f"epoch {row['epoch']}/{num_epochs}", f"loss {row['train/loss']:.4f}"]
+            parts = [f"epoch {row['epoch']:.3g}/{num_epochs:.3g}", f"loss {row['train/loss']:.4f}"]
             for name in ("invariance_loss", "var_loss", "cov_loss"):
                 if f"train/{name}" in row:
                     parts.append(f"{name.removesuffix('_loss')} {row[f'train/{name}']:.4f}")
@@ -109,7 +109,8 @@ def print_summary(summary: Mapping[str, Any], workdir: pathlib.Path) -> None:
         say(f"on {dims} features of the last step; the test set is shown, never chosen on")
     say(
         f"{summary['steps']} steps, {summary['images_per_second']:.0f} images/s, "
-        f"{duration(summary['train_seconds'])} of training, "
+        f"{duration(summary['train_seconds'])} of training "
+        f"({summary['clock_seconds']:.1f} s with the initial state and the re-estimation), "
         f"{duration(summary['total_seconds'])} in all"
     )
     say(

@@ -57,6 +57,8 @@ from jepa_jax.train_step import (
 )
 from jepa_jax.watch import Watch, diagnose, explain, loss_balance
 
+# Phases beside the steps that make the weights what they are: a stem's eigenvectors, BatchNorm.
+_ON_THE_CLOCK = ("initial state", "re-estimation")
 # Which term of VICReg's a coefficient weighs.
 _TERM_OF = {"sim_coeff": "invariance_loss", "std_coeff": "var_loss", "cov_coeff": "cov_loss"}
 
@@ -118,7 +120,7 @@ def _train_epoch(loop: "_Loop", runner: Runner, state: TrainState) -> TrainState
         len(plan.dataset.train_images),
         plan.config.data.batch_size,
     )
-    order = jax.device_get(order)[progress["count"] :]
+    order = jax.device_get(order)[progress["count"] : plan.steps_of(progress["epoch"])]
 
     def collect(metrics, count):
         metrics = {name: np.atleast_1d(v)[:count] for name, v in jax.device_get(metrics).items()}
@@ -175,7 +177,7 @@ def _online_probe(plan: Plan, state: TrainState) -> dict[str, float]:
         splits["test"] = (dataset.test_images, dataset.test_labels)
     row = {}
     for split, (images, labels) in splits.items():
-        h = extract_features(plan.encoder.apply, _variables(state), images)
+        h = extract_features(plan.apply_as_trained, _variables(state), images)
         logits = probe_logits(state.probe.params, h)
         row[f"{split}/online_probe_acc"] = float(accuracy(logits, jnp.asarray(labels)))
     return row
@@ -193,9 +195,10 @@ def _finish_epoch(loop: "_Loop", state: TrainState) -> dict[str, Any]:
         online = _online_probe(plan, state)
     with loop.phases("watch"):
         watched = _watch_collapse(loop, state, means)
+    step = min(progress["epoch"] * plan.steps_per_epoch, plan.num_steps)
     row = {
-        "step": progress["epoch"] * plan.steps_per_epoch,
-        "epoch": progress["epoch"],
+        "step": step,
+        "epoch": step / plan.steps_per_epoch,
         **{f"train/{name}": value for name, value in means.items()},
         **online,
         **watched,
@@ -209,7 +212,7 @@ def _finish_epoch(loop: "_Loop", state: TrainState) -> dict[str, Any]:
     loop.writer.write(row)
     every = plan.config.logging.log_every
     is_last = progress["epoch"] == plan.num_epochs
-    loop.bar.epoch(row, plan.num_epochs, as_line=is_last or progress["epoch"] % every == 0)
+    loop.bar.epoch(row, plan.config.optim.epochs, as_line=is_last or progress["epoch"] % every == 0)
     return row
 
 
@@ -258,9 +261,11 @@ def _evaluate_final(plan, state, untrained, progress, session, phases) -> dict[s
     """Judges the last step and the untrained network; writes encoder/, evaluation, summary."""
     say("evaluating the last step and the same network untrained by ridge probe ...")
     summary: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
-    with phases("final evaluation"):
-        images = clean_images(plan.dataset.train_images)
+    images = clean_images(plan.dataset.train_images)
+    with phases("re-estimation"):
         trained = reestimate_batch_stats(plan.encoder, _variables(state), images)
+        jax.block_until_ready(trained)
+    with phases("final evaluation"):
         untrained = reestimate_batch_stats(plan.encoder, jax.device_put(untrained), images)
         checkpoint.save_tree(plan.workdir / "encoder", trained)
         evaluation = evaluate_representation(
@@ -285,9 +290,12 @@ def _evaluate_final(plan, state, untrained, progress, session, phases) -> dict[s
     summary.update(
         seed=plan.config.meta.seed,
         steps=steps,
-        epochs=progress["epoch"],
+        epochs=steps / plan.steps_per_epoch,
         collapse=progress["collapse"],
         train_seconds=progress["train_seconds"],
+        # From the seed to the weights that are judged: without the step's compilation, the online
+        # evaluation and the probes.
+        clock_seconds=progress["train_seconds"] + sum(seconds[name] for name in _ON_THE_CLOCK),
         total_seconds=session.seconds,
         seconds={**seconds, "other": max(session.seconds - sum(seconds.values()), 0.0)},
         images_per_second=steps * plan.config.data.batch_size / progress["train_seconds"],
@@ -340,7 +348,7 @@ def _print_header(plan: Plan, state: TrainState, progress: dict[str, Any]) -> No
             f"{config.loss.type}, balance {weights} (the paper's is 1 : 1 : 0.04)",
         ),
         "optimiser": f"{config.optim.name}, rate {config.optim.lr:g}, batch "
-        f"{config.data.batch_size}, {plan.num_epochs} epochs = {plan.num_steps} steps",
+        f"{config.data.batch_size}, {config.optim.epochs:g} epochs = {plan.num_steps} steps",
         "workdir": str(plan.workdir),
     }
     if progress["epoch"] or progress["count"]:
@@ -455,7 +463,7 @@ def _train(
         while not _is_over(plan, progress):
             state = _train_epoch(loop, runner, state)
             row: dict[str, Any] = {}
-            if progress["count"] == plan.steps_per_epoch:
+            if progress["count"] == plan.steps_of(progress["epoch"]):
                 row = _finish_epoch(loop, state)
             collapsed = config.logging.stop_on_collapse and row.get("watch/collapse")
             due = bool(row) and progress["epoch"] % config.logging.save_every == 0
@@ -532,7 +540,9 @@ def train_and_evaluate(
     with contextlib.closing(checkpoint.Checkpoints(workdir)) as checkpoints:
         with phases("setup"):
             claim_workdir(plan, checkpoints.latest_step() is not None)
-            state = initial_state(plan)
+        with phases("initial state"):
+            state = jax.block_until_ready(initial_state(plan))
+        with phases("setup"):
             untrained = jax.device_get(_variables(state))
             state, progress = starting_state(plan, checkpoints, state)
         session.add(progress["total_seconds"])

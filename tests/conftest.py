@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from tiny import TINY
 
 from configs import cpu
 from jepa_jax.data import Dataset, from_arrays
@@ -52,22 +53,15 @@ def small_cifar(cifar_arrays) -> Dataset:
 
 @pytest.fixture(scope="session")
 def tiny_config() -> ConfigDict:
-    """configs/cpu.py at a size that trains in a second: 4 steps an epoch, 3 epochs.
-
-    Shared: a test that changes it works on a copy.
-    """
+    """`TINY` for 3 epochs. Shared: a test that changes it works on a copy."""
     config = cpu.get_config()
-    config.update(
+    config.update_from_flattened_dict(
         {
-            "data": {"batch_size": 100, "num_val": 80},
-            "model": {
-                "stage_sizes": (1, 1),
-                "width": 4,
-                "proj_hidden_dim": 8,
-                "proj_output_dim": 8,
-            },
-            "optim": {"name": "lars", "lr": 0.3, "epochs": 3, "warmup_epochs": 1.0},
-            "logging": {"tqdm_silent": True},
+            **TINY,
+            "optim.lr": 0.3,
+            "optim.epochs": 3.0,
+            "optim.warmup_epochs": 1.0,
+            "logging.tqdm_silent": True,
         }
     )
     return config

@@ -24,6 +24,7 @@ from jepa_jax.augment import (
     random_crop_box,
     random_jitter_parameters,
     random_view,
+    resize_images,
     resized_crop,
     rgb_to_grayscale,
     solarize,
@@ -169,6 +170,13 @@ def test_resized_crop_equals_pillows_crop_and_resize(box, size, floats):
 def test_resized_crop_of_the_whole_image_to_its_own_size_is_the_identity(floats):
     whole = crop_to_size[32](floats[3], *map(np.int32, (0, 0, 32, 32)))
     np.testing.assert_array_equal(whole, floats[3])
+
+
+@pytest.mark.parametrize("size", [16, 24, 48])
+def test_resize_images_is_the_resized_crop_of_the_whole(size, images):
+    whole = jax.vmap(lambda image: resized_crop(to_float(image), 0, 0, 32, 32, size))(images)
+    np.testing.assert_allclose(resize_images(images, size), whole, atol=1e-6)
+    np.testing.assert_array_equal(resize_images(images, 32), to_float(images))
 
 
 def test_resized_crop_of_an_image_that_is_not_square(floats):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from tiny import FLAGS
 
 from jepa_jax.benchmark import __main__ as command
 from jepa_jax.benchmark import measure, peer, processes, shares, startup, step, sweep, table, timing
@@ -18,15 +19,6 @@ from jepa_jax.errors import ConfigError, TrainingError
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 IMAGES = 400
-TINY = [
-    "--config.data.batch_size=100",
-    "--config.data.num_val=80",
-    "--config.model.stage_sizes=(1,1)",
-    "--config.model.width=4",
-    "--config.model.proj_hidden_dim=8",
-    "--config.model.proj_output_dim=8",
-    "--config.optim.name=lars",
-]
 
 
 @pytest.fixture
@@ -477,7 +469,7 @@ def test_the_sweep_as_a_command_goes_on_after_a_failure(tmp_path, monkeypatch, c
 
     monkeypatch.setattr(sweep, "run_json", run)
     out = tmp_path / "sweep.json"
-    command.main([*TINY, "--sweep", f"--out={out}"])
+    command.main([*FLAGS, "--sweep", f"--out={out}"])
     text, rows = capsys.readouterr().out, json.loads(out.read_text())["rows"]
     assert [row["value"] for row in rows] == [*sweep.BATCH_SIZES, *sweep.DIMS]
     assert [row["value"] for row in rows if not row["measured"]] == [1024]
@@ -618,7 +610,7 @@ def test_a_table_in_both_forms():
 def test_one_config_from_command_to_json(tmp_path, capsys):
     out = tmp_path / "folder" / "cpu.json"
     small = ["--miniature", "--no-startup", f"--images={IMAGES}", f"--out={out}"]
-    command.main([*TINY, *small])
+    command.main([*FLAGS, *small])
     content, text = json.loads(out.read_text()), capsys.readouterr().out
     assert content["schema_version"] == measure.SCHEMA_VERSION
     assert content["environment"]["versions"]["jax"] == jax.__version__
@@ -635,7 +627,7 @@ def test_one_config_from_command_to_json(tmp_path, capsys):
 
 
 def test_the_step_as_a_line_of_json(capsys):
-    command.main([*TINY, "--measure-step", f"--images={IMAGES}", "--repeats=2", "--augment=none"])
+    command.main([*FLAGS, "--measure-step", f"--images={IMAGES}", "--repeats=2", "--augment=none"])
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["step"]["batch_size"] == 100 and figures["step"]["augment"] == "none"
 
@@ -664,7 +656,7 @@ BAD_INPUT = {
     "missing config": (["--config=configs/rapd.py"], "did you mean rapid.py?"),
     "unknown key": (["--config.optim.lrr=1"], "did you mean optim.lr?"),
     "wrong value": (["--config.optim.lr=-1"], "config.optim.lr must be above 0"),
-    "batch above images": (["--images=50", *TINY, "--measure-step"], "larger than the 50"),
+    "batch above images": (["--images=50", *FLAGS, "--measure-step"], "larger than the 50"),
     "unknown peer": (["--peer=tensorflow"], "invalid choice"),
     "python that is not there": (["--peer=torch", "--peer-python=/no/python"], "cannot be run"),
 }
@@ -680,7 +672,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, words, capsys):
 
 
 def test_a_config_by_flags_can_be_handed_on():
-    given = given_config([*TINY, "--config.optim.lr=0.5"])
+    given = given_config([*FLAGS, "--config.optim.lr=0.5"])
     assert isinstance(given.config, ConfigDict) and given.config.optim.lr == 0.5
     again = given_config(given.flags(**{"optim.lr": 0.25}))
     assert again.config.optim.lr == 0.25 and again.config.model.stage_sizes == (1, 1)

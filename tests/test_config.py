@@ -18,6 +18,7 @@ from jepa_jax.config import (
     changed_keys,
     compute_dtype,
     create_encoder,
+    feature_dim,
     flatten,
     hparams_from,
     known_keys,
@@ -169,9 +170,9 @@ BAD_VALUES = [
     ("loss.std_coeff", "25", "must be of type float"),
     ("loss.cov_coeff", float("inf"), "a finite number"),
     ("optim.name", "larz", "(did you mean lars?)"),
-    ("optim.epochs", 0, "at least 1"),
-    ("optim.epochs", -5, "at least 1, got -5"),
-    ("optim.epochs", 2.5, "must be of type int"),
+    ("optim.epochs", 0, "above 0"),
+    ("optim.epochs", -5.0, "above 0, got -5"),
+    ("optim.epochs", "2", "must be of type float"),
     ("optim.lr", 0.0, "above 0"),
     ("optim.lr", -0.3, "above 0, got -0.3"),
     ("optim.lr", float("nan"), "a finite number, got nan"),
@@ -222,7 +223,7 @@ def test_values_at_the_edge_are_legal(key, value):
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({"optim.warmup_epochs": 51.0}, ["optim.warmup_epochs (51.0)", "optim.epochs (50)"]),
+        ({"optim.warmup_epochs": 51.0}, ["optim.warmup_epochs (51)", "optim.epochs (50)"]),
         ({"model.stem_init": "whitening", "model.width": 31}, ["model.stem_init", "model.width"]),
         ({"model.stem_init": "whitening", "model.width": 56}, ["54 filters", "model.width is 56"]),
     ],
@@ -307,7 +308,9 @@ def test_rapids_model_is_the_references_resnet_with_its_projector():
 
 def test_every_model_key_reaches_the_model():
     config = cpu.get_config()
-    config.model.update(stage_sizes=(1, 1), width=8, proj_hidden_dim=7, proj_output_dim=5)
+    config.model.update(
+        stage_sizes=(1, 1), width=8, expand_dim=0, proj_hidden_dim=7, proj_output_dim=5
+    )
     stem = 27 * 8 + 16
     first = 2 * (9 * 8 * 8 + 16)
     second = 9 * 8 * 16 + 9 * 16 * 16 + 8 * 16 + 3 * 32
@@ -315,6 +318,11 @@ def test_every_model_key_reaches_the_model():
     assert sizes(create_encoder(config)) == (size + projector_size(16, 7, 5), (2, 16), (2, 5))
     config.model.use_projector = False
     assert sizes(create_encoder(config)) == (size, (2, 16), (2, 16))
+    assert feature_dim(config.model) == 16
+    config.model.expand_dim = 20
+    size += 16 * 20 + 2 * 20
+    assert sizes(create_encoder(config)) == (size, (2, 20), (2, 20))
+    assert feature_dim(config.model) == 20
 
 
 @pytest.mark.parametrize(("stride", "padding", "side"), [(1, 1, 8), (1, 2, 10), (2, 1, 4)])

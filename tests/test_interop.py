@@ -168,10 +168,12 @@ def test_weights_go_back_as_they_came(name, models, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.variables, model.variables)
 
 
-@pytest.mark.parametrize("stage_sizes", [(2, 2, 2, 2), (3, 4, 6, 3), (1, 1, 1)])
-def test_the_two_directions_are_inverse(stage_sizes, tmp_path):
+@pytest.mark.parametrize(
+    ("stage_sizes", "expand_dim"), [((2, 2, 2, 2), 0), ((3, 4, 6, 3), 0), ((1, 1, 1), 10)]
+)
+def test_the_two_directions_are_inverse(stage_sizes, expand_dim, tmp_path):
     """For ResNets of any stages, whose sizes an import finds by the names."""
-    module = ImageJEPA(ResNet(stage_sizes, width=2), Projector(3, 4))
+    module = ImageJEPA(ResNet(stage_sizes, width=2, expand_dim=expand_dim), Projector(3, 4))
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda leaf: np.float32(rng.uniform(size=leaf.shape)), shapes)

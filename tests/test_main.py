@@ -9,22 +9,13 @@ import sys
 import time
 
 import pytest
+from tiny import FLAGS
 
 from jepa_jax.data.cifar10 import write_cifar10
 from jepa_jax.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
-TINY = [
-    "--config.data.batch_size=100",
-    "--config.data.num_val=80",
-    "--config.model.stage_sizes=(1,1)",
-    "--config.model.width=4",
-    "--config.model.proj_hidden_dim=8",
-    "--config.model.proj_output_dim=8",
-    "--config.optim.warmup_epochs=1",
-    "--config.optim.name=lars",
-    "--config.optim.epochs=3",
-]
+TINY = [*FLAGS, "--config.optim.warmup_epochs=1", "--config.optim.epochs=3"]
 
 
 @pytest.fixture(scope="module")
@@ -152,11 +143,11 @@ BAD_INPUT = {
     "misspelt flag": (["--wrkdir=x"], "wrkdir"),
     "stray word": (["cpu.py"], "unexpected argument 'cpu.py'"),
     "wrong type": (["--config.optim.epochs=many"], "config.optim.epochs"),
-    "no epochs": (["--config.optim.epochs=0"], "config.optim.epochs must be at least 1"),
+    "no epochs": (["--config.optim.epochs=0"], "config.optim.epochs must be above 0"),
     "negative batch": (["--config.data.batch_size=-1"], "config.data.batch_size must be at least"),
     "zero rate": (["--config.optim.lr=0"], "config.optim.lr must be above 0"),
     "rate that is no number": (["--config.optim.lr=nan"], "config.optim.lr must be a finite"),
-    "long warm-up": (["--config.optim.warmup_epochs=99"], "warmup_epochs (99.0) is longer"),
+    "long warm-up": (["--config.optim.warmup_epochs=99"], "warmup_epochs (99) is longer"),
     "unknown model": (["--config.model.type=resent"], "did you mean resnet?"),
     "unknown loss": (["--config.loss.type=vicregg"], "did you mean vicreg?"),
     "unknown optimiser": (["--config.optim.name=larc"], "did you mean lars?"),
@@ -169,6 +160,7 @@ BAD_INPUT = {
     "absent init_from": (["--init_from=absent", "--config.data.num_val=80"], "holds no checkpoint"),
     "override before config": (["--config.optim.lr=1", "--config=c.py"], "config"),
     "config that raises": (["--config=raises.py"], "cannot be run: ZeroDivisionError"),
+    "unknown length": ([f"--config={ROOT}/configs/cpu.py:7m"], "the lengths 90s, 5m, 12m, not 7m"),
     "config without keys": (["--config=empty.py"], "lacks config.meta.seed"),
     "config with a key too many": (["--config=extra.py"], "config.optim.rate is not a known key"),
 }

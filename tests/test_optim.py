@@ -183,6 +183,22 @@ def test_muon_orthogonalises_convolutions_and_leaves_one_axis_parameters_to_adam
         np.testing.assert_allclose(after[name] - before[name], expected, rtol=1e-3)
 
 
+def test_muon_leaves_the_projector_to_adam_and_treats_the_encoder_as_if_alone():
+    params, grads = some_params(), some_gradients(0)
+    tree, tree_grads = (
+        {"encoder": {"conv": leaves["conv"]}, "projector": {"dense": leaves["dense"]}}
+        for leaves in (params, grads)
+    )
+    optimizer = create_optimizer("muon", 0.1)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = jax.jit(optimizer.update)(tree_grads, optimizer.init(tree), tree)
+    alone = run(optimizer, 1)[0]["conv"] - params["conv"]
+    np.testing.assert_allclose(updates["encoder"]["conv"], alone, rtol=1e-3, atol=1e-6)
+    ahead = 1 + 0.9 * (1 - 0.9) / (1 - 0.9**2)
+    expected = -0.01 * ahead * np.sign(grads["dense"])
+    np.testing.assert_allclose(updates["projector"]["dense"], expected, rtol=1e-3)
+
+
 def test_unknown_optimiser_names_the_known_ones():
     with pytest.raises(ValueError, match="'adam' is not one of lars, sgd, adamw, muon"):
         create_optimizer("adam", 0.1)

@@ -36,6 +36,8 @@ RECIPE = {
     "stem_stride": 2,
     "stem_padding": 1,
     "stem_pool": False,
+    "expand_dim": 0,
+    "view_size": 32,
     "use_projector": True,
     "proj_hidden_dim": 16,
     "proj_output_dim": 12,
@@ -85,8 +87,9 @@ def test_loss_terms_and_gradient_are_ours(shape):
         {},
         {"stem_stride": 1, "stem_padding": 2, "stage_sizes": [2, 1, 1]},
         {"stem_kernel": 7, "stem_padding": 3, "stem_pool": True, "use_projector": False},
+        {"stem_stride": 1, "expand_dim": 24, "view_size": 16},
     ],
-    ids=["cpu", "rapid", "imagenet stem"],
+    ids=["cpu at 32 pixels", "rapid", "imagenet stem", "cpu"],
 )
 def test_network_with_our_weights_gives_our_embeddings_and_loss(changes):
     wanted = made(**changes)
@@ -97,10 +100,11 @@ def test_network_with_our_weights_gives_our_embeddings_and_loss(changes):
         stem_stride=wanted.stem_stride,
         stem_padding=wanted.stem_padding,
         stem_pool=wanted.stem_pool,
+        expand_dim=wanted.expand_dim,
     )
     projector = Projector(wanted.proj_hidden_dim, wanted.proj_output_dim)
     model = linen_model(ImageJEPA(encoder, projector if wanted.use_projector else None))
-    views = normal(2, 2, 8, 32, 32, 3)
+    views = normal(2, 2, 8, wanted.view_size, wanted.view_size, 3)
 
     @jax.jit
     def ours(variables):
@@ -246,7 +250,7 @@ def test_random_parameters_have_the_laws_of_ours():
 def test_views_are_normalised_from_the_unit_range(cifar_arrays):
     images = planar(cifar_arrays["train_images"][:64])
     torch.manual_seed(0)
-    views = peer_augment.two_views(images, torch.channels_last)
+    views = peer_augment.two_views(images, torch.channels_last, 32)
     assert peer_augment.MEAN == CIFAR10_MEAN
     assert peer_augment.STD == CIFAR10_STD
     for view in views:

@@ -11,12 +11,14 @@ import pytest
 
 import jepa_jax
 from jepa_jax import checkpoint, device, plan, runner, train
+from jepa_jax.augment import resized_crop, to_float
 from jepa_jax.data import from_arrays
 from jepa_jax.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from jepa_jax.metrics import read_metrics
-from jepa_jax.models import linen_model
+from jepa_jax.models import linen_model, patch_whitening_kernel
+from jepa_jax.optim import warmup_cosine
 from jepa_jax.representation import split_validation
-from jepa_jax.train_step import vicreg
+from jepa_jax.train_step import probe_logits, vicreg
 
 STEPS_PER_EPOCH = 4
 
@@ -480,6 +482,39 @@ def test_the_whitening_stem_is_part_of_the_untrained_network(run, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, again["params"], state.params)
 
 
+def test_views_of_another_size_are_what_training_and_its_online_probe_see(run, monkeypatch):
+    """The step and the online probe see 16 pixels; the ridge probe sees whole images."""
+    plans, original = [], train.make_plan
+    monkeypatch.setattr(train, "make_plan", lambda *args: plans.append(original(*args)) or plans[0])
+    overrides = {"data.view_size": 16, "model.stem_stride": 1}
+    state, workdir = run(overrides=overrides)
+    dataset, encoder = plans[0].dataset, plans[0].encoder
+    views = plans[0].augment_fn(jax.random.key(0), dataset.train_images[:3])
+    assert [view.shape for view in views] == [(3, 16, 16, 3)] * 2
+
+    whole = to_float(dataset.test_images)
+    small = jax.vmap(lambda image: resized_crop(image, 0, 0, 32, 32, 16))(whole)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    logits = probe_logits(state.probe.params, encoder.apply(variables, small))
+    hits = np.mean(np.argmax(np.asarray(logits), axis=1) == np.asarray(dataset.test_labels))
+    found = read_metrics(workdir / "metrics.jsonl")[-1]["test/online_probe_acc"]
+    assert found == pytest.approx(hits, abs=1.5 / len(whole))  # a tie may fall either way
+
+    # The stem's patches are those of small images too.
+    kernel = plan.initial_state(plans[0]).params["encoder"]["stem_conv"]["kernel"]
+    clean = to_float(plan.clean_images(dataset.train_images))
+    clean = jax.vmap(lambda image: resized_crop(image, 0, 0, 32, 32, 16))(clean)
+    expected = patch_whitening_kernel(encoder.normalize(clean), kernel.shape[-1])
+    kernel = np.asarray(kernel)
+    first, wanted = (
+        np.abs(kernel[..., 0]),
+        np.abs(np.asarray(expected)[..., 0]),
+    )  # the next ones are near-equal
+    np.testing.assert_allclose(first, wanted, rtol=1e-2)
+    again = plan.untrained_variables(encoder, plans[0].config, dataset.train_images)
+    np.testing.assert_array_equal(again["params"]["encoder"]["stem_conv"]["kernel"], kernel)
+
+
 def test_one_compilation_per_run(run, monkeypatch):
     """Nothing compiles after the first epoch, and the step itself is traced once."""
     compiled = []
@@ -530,7 +565,7 @@ def test_a_model_that_does_not_fit_is_refused_with_a_batch_that_does(run, monkey
     [
         ({"data.batch_size": 401}, "batch_size .401. is larger than the 400 training images"),
         ({"data.num_val": 400}, "num_val .400. leaves none of the 400"),
-        ({"optim.warmup_epochs": 4.0}, "warmup_epochs .4.0. is longer than"),
+        ({"optim.warmup_epochs": 4.0}, "warmup_epochs .4. is longer than"),
         (
             {"data.placement": "stream", "training.scan_steps": 3},
             "scan_steps > 1 needs config.data.placement=device",
@@ -546,6 +581,30 @@ def test_impossible_combinations_are_refused(run, overrides, message):
 def test_warmup_as_long_as_training_is_legal(run):
     state, _ = run(overrides={"optim.warmup_epochs": 3.0})
     assert int(state.step) == 12
+
+
+@pytest.mark.parametrize("scan_steps", [1, 4])
+def test_a_run_may_end_within_an_epoch_and_resumes_there(run, monkeypatch, scan_steps):
+    overrides = {"optim.epochs": 2.5, "training.scan_steps": scan_steps}
+    whole, workdir = run(overrides=overrides)
+    assert int(whole.step) == 10
+    rows = read_metrics(workdir / "metrics.jsonl")
+    assert [(row["step"], row["epoch"]) for row in rows] == [(4, 1), (8, 2), (10, 2.5)]
+    assert summary_of(workdir)["epochs"] == 2.5
+    # The schedule ends with the run: its last rate is the one a step before the cosine's end.
+    last = warmup_cosine(9, peak=0.3, num_steps=10, warmup_steps=4, start=3e-5)
+    assert rows[-1]["train/lr"] == pytest.approx(float(last))
+    with monkeypatch.context() as patch:
+        signal_after(patch, 9)
+        with pytest.raises(Interrupted):
+            run("resumed", overrides=overrides)
+    assert_same_state(run("resumed", overrides=overrides)[0], whole)
+
+
+def test_less_than_a_step_is_refused(run):
+    with pytest.raises(ConfigError, match=r"epochs \(0.1\) is not one step: .* has 4") as refused:
+        run(overrides={"optim.epochs": 0.1, "optim.warmup_epochs": 0.0})
+    assert "\n" not in str(refused.value)
 
 
 def test_a_workdir_that_cannot_be_written_is_refused(run, tmp_path):

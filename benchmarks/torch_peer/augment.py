@@ -144,11 +144,13 @@ def augment(pixels: Tensor, parameters: Parameters, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def two_views(images: Tensor, memory_format: torch.memory_format) -> tuple[Tensor, Tensor]:
-    """Two normalised views [B, 3, H, W] of uint8 images [B, H, 3, W], drawn anew."""
+def two_views(
+    images: Tensor, memory_format: torch.memory_format, size: int
+) -> tuple[Tensor, Tensor]:
+    """Two normalised views [B, 3, size, size] of uint8 images [B, H, 3, W], drawn anew."""
     num, height, _, width = images.shape
     pixels = (images / 255.0).repeat(2, 1, 1, 1)
-    views = augment(pixels, random_parameters(2 * num, height, width, images.device), height)
+    views = augment(pixels, random_parameters(2 * num, height, width, images.device), size)
     mean, std = (torch.tensor(c, device=images.device)[:, None] for c in (MEAN, STD))
     views = ((views - mean) / std).transpose(1, 2).contiguous(memory_format=memory_format)
     return views[:num], views[num:]

@@ -32,7 +32,8 @@ def noise(num_images: int) -> tuple[np.ndarray, np.ndarray]:
 def fixed(recipe: Recipe, device: torch.device, memory_format: torch.memory_format):
     """The same normal random views again and again: no augmentation, a pure step."""
     generator = torch.Generator().manual_seed(0)
-    views = torch.randn(2, recipe.batch_size, 3, SIZE, SIZE, generator=generator).to(device)
+    size = recipe.view_size
+    views = torch.randn(2, recipe.batch_size, 3, size, size, generator=generator).to(device)
     x1, x2 = (view.contiguous(memory_format=memory_format) for view in views)
     labels = torch.from_numpy(noise(recipe.batch_size)[1]).to(device)
     return itertools.repeat((x1, x2, labels))
@@ -49,7 +50,7 @@ def resident(
     while True:
         order = torch.randperm(recipe.num_images, device=device)
         for indices in order[: num_batches * recipe.batch_size].split(recipe.batch_size):
-            yield *two_views(images[indices], memory_format), labels[indices]
+            yield *two_views(images[indices], memory_format, recipe.view_size), labels[indices]
 
 
 def import_torchvision() -> Any:
@@ -73,13 +74,13 @@ def import_torchvision() -> Any:
 class PilViews(Dataset):
     """Two views of an image by torchvision's transforms of PIL images, and its label."""
 
-    def __init__(self, num_images: int):
+    def __init__(self, num_images: int, size: int):
         transforms = import_torchvision().transforms
         self._images, self._labels = noise(num_images)
         self._transform = transforms.Compose(
             [
                 transforms.ToPILImage(),
-                transforms.RandomResizedCrop(SIZE, scale=(0.2, 1.0)),
+                transforms.RandomResizedCrop(size, scale=(0.2, 1.0)),
                 transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
                 transforms.RandomGrayscale(p=0.2),
                 transforms.RandomSolarize(128, p=0.1),
@@ -112,7 +113,7 @@ def loaded(
 ) -> Iterator[Batch]:
     """Shuffled epochs from a DataLoader whose worker processes augment."""
     loader = DataLoader(
-        PilViews(recipe.num_images),
+        PilViews(recipe.num_images, recipe.view_size),
         recipe.batch_size,
         shuffle=True,
         drop_last=True,

@@ -49,6 +49,11 @@ class ResNet(nn.Module):
                 channels = wanted
             self.stages.append(f"layer{stage + 1}")
             self.add_module(self.stages[-1], nn.Sequential(*blocks))
+        self.expand = nn.Identity()
+        if recipe.expand_dim:
+            expand = _conv(channels, recipe.expand_dim, 1, 1, 0)
+            norm = nn.BatchNorm2d(recipe.expand_dim)
+            self.expand = nn.Sequential(expand, norm, nn.ReLU(inplace=True))
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d) and name != "conv1":
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -57,7 +62,7 @@ class ResNet(nn.Module):
         x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
         for stage in self.stages:
             x = getattr(self, stage)(x)
-        return x.mean((2, 3), dtype=torch.float32)
+        return self.expand(x).mean((2, 3), dtype=torch.float32)
 
 
 class Model(nn.Module):

@@ -25,6 +25,8 @@ class Recipe:
     stem_stride: int
     stem_padding: int
     stem_pool: bool
+    expand_dim: int
+    view_size: int
     use_projector: bool
     proj_hidden_dim: int
     proj_output_dim: int
@@ -44,7 +46,7 @@ class Recipe:
                 raise PeerError(f"{field.name} cannot be {value!r}")
         if self.optimizer not in OPTIMIZERS:
             raise PeerError(f"optimizer {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
-        smallest = {"batch_size": 2, "width": 1, "stem_kernel": 1, "stem_stride": 1}
+        smallest = {"batch_size": 2, "width": 1, "stem_kernel": 1, "stem_stride": 1, "view_size": 8}
         smallest |= {"proj_hidden_dim": 1, "proj_output_dim": 2, "num_images": self.batch_size}
         for name, least in smallest.items():
             if getattr(self, name) < least:
@@ -53,7 +55,7 @@ class Recipe:
     @property
     def num_features(self) -> int:
         """F, the size of a representation."""
-        return self.width * 2 ** (len(self.stage_sizes) - 1)
+        return self.expand_dim or self.width * 2 ** (len(self.stage_sizes) - 1)
 
 
 def _is_count(value: Any) -> bool:

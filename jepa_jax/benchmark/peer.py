@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jepa_jax.benchmark.processes import ROOT, MeasurementError, process, run_json
-from jepa_jax.benchmark.step import RATE
+from jepa_jax.benchmark.step import RATE, SIDE
 from jepa_jax.benchmark.table import NOT_MEASURED, Table, number, with_range
 from jepa_jax.benchmark.timing import spread
 from jepa_jax.config_flags import GivenConfig
@@ -136,11 +136,12 @@ class Peer:
         """What the other side is told."""
         config = self._given.config
         model, optim = config.model, config.optim
-        names = ("width", "stem_kernel", "stem_stride", "stem_padding", "stem_pool")
+        names = ("width", "stem_kernel", "stem_stride", "stem_padding", "stem_pool", "expand_dim")
         return {
             "batch_size": config.data.batch_size,
             "stage_sizes": list(model.stage_sizes),
             **{name: model[name] for name in names},
+            "view_size": config.data.view_size or SIDE,
             "use_projector": model.use_projector,
             "proj_hidden_dim": model.proj_hidden_dim,
             "proj_output_dim": model.proj_output_dim,

@@ -28,6 +28,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jepa_jax.config import feature_dim
+
 _PARAMETER_PASSES = 16
 _BYTES_OF_PARAMETER = 4
 # Passes over (in, out, out at the end of a block).
@@ -97,6 +99,8 @@ def encoder_layers(model: Mapping[str, Any], image_side: int) -> list[Layer]:
             if stride != 1 or channels != out:
                 layers.append(Layer(f"{name}.skip", side, small, channels, out))
             side, channels = small, out
+    if expand_dim := model.get("expand_dim", 0):
+        layers.append(Layer("expand", side, side, channels, expand_dim))
     return layers
 
 
@@ -104,7 +108,7 @@ def projector_layers(model: Mapping[str, Any]) -> list[Layer]:
     """The dense layers of `models.Projector`; none without a projector."""
     if not model["use_projector"]:
         return []
-    features = model["width"] * 2 ** (len(model["stage_sizes"]) - 1)
+    features = feature_dim(model)
     hidden, out = model["proj_hidden_dim"], model["proj_output_dim"]
     return [
         Layer("projector.0", 1, 1, features, hidden),
@@ -117,7 +121,7 @@ def embedding_dim(model: Mapping[str, Any]) -> int:
     """D of the loss: the projector's outputs, or the features without one."""
     if model["use_projector"]:
         return model["proj_output_dim"]
-    return model["width"] * 2 ** (len(model["stage_sizes"]) - 1)
+    return feature_dim(model)
 
 
 def count(

@@ -1,6 +1,7 @@
 """The training step as a run runs it: one compiled program over synthetic images."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 import resource
@@ -23,14 +24,14 @@ from jepa_jax.plan import Plan, initial_state, make_plan
 from jepa_jax.train import make_runner
 from jepa_jax.train_step import TrainState, stream_key
 
-NUM_IMAGES, NUM_TEST, _NUM_CLASSES = 50_000, 10_000, 10
+NUM_IMAGES, NUM_TEST, SIDE, _NUM_CLASSES = 50_000, 10_000, 32, 10
 # Noise may diverge at a recipe's own rate, and no time depends on it.
 RATE = 1e-4
 # A value is the mean over as many steps as fill this.
 _SECONDS_OF_VALUE = 1.0
 
 
-def synthetic_dataset(num_images: int = NUM_IMAGES, *, side: int = 32) -> Dataset:
+def synthetic_dataset(num_images: int = NUM_IMAGES, *, side: int = SIDE) -> Dataset:
     """Random uint8 images and labels by a fixed seed: no figure depends on what is in an image."""
     random = np.random.default_rng(0)
 
@@ -43,13 +44,15 @@ def synthetic_dataset(num_images: int = NUM_IMAGES, *, side: int = 32) -> Datase
     return from_arrays(*split(num_images), *split(num_test), label_names=names)
 
 
-def fixed_views(key: jax.Array, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """In place of an augmentation: the images themselves.
+def fixed_views(
+    key: jax.Array, images: jax.Array, *, size: int = SIDE
+) -> tuple[jax.Array, jax.Array]:
+    """In place of an augmentation: the images themselves, or their corner of size x size.
 
     In another order the second time, or XLA would see one view and compute it once.
     """
     del key
-    images = to_float(images)
+    images = to_float(images)[:, :size, :size]
     return images, images[::-1]
 
 
@@ -70,7 +73,9 @@ def synthetic_plan(config: ConfigDict, *, num_images: int = NUM_IMAGES, augment:
     validate(config)
     config = config.copy_and_resolve_references()
     config.optim.lr = RATE
-    augment_fn = fixed_views if augment == "none" else None
+    augment_fn = None
+    if augment == "none":
+        augment_fn = functools.partial(fixed_views, size=config.data.view_size or SIDE)
     dataset = synthetic_dataset(num_images)
     return make_plan(config, pathlib.Path(), dataset, None, None, augment_fn, None)
 
@@ -151,7 +156,7 @@ def measure_step(plan: Plan, *, repeats: int = REPEATS) -> dict[str, Any]:
         config.model.to_dict(),
         batch_size=batch_size,
         bytes_per_value=jnp.dtype(compute_dtype(config)).itemsize,
-        image_side=plan.dataset.image_shape[0],
+        image_side=plan.config.data.view_size or plan.dataset.image_shape[0],
     )
     images_per_second = spread([batch_size / value for value in values])
     return {
@@ -159,7 +164,7 @@ def measure_step(plan: Plan, *, repeats: int = REPEATS) -> dict[str, Any]:
         "embedding_dim": roofline.embedding_dim(config.model.to_dict()),
         "dtype": dtype_name(config),
         "optimizer": config.optim.name,
-        "augment": "none" if plan.augment_fn is fixed_views else "device",
+        "augment": "none" if "augment_fn" in plan.custom else "device",
         "placement": plan.placement,
         "steps_in_a_program": piece,
         "steps_in_a_value": num_steps,

@@ -32,8 +32,10 @@ _LEAST_STRETCH, _SECONDS_TO_SAVE = 150.0, 40.0
 _MINIATURE = {
     "data.batch_size": 100,
     "data.num_val": 80,
+    "data.view_size": 0,
     "model.stage_sizes": (1, 1),
     "model.width": 4,
+    "model.expand_dim": 0,
     "model.proj_hidden_dim": 8,
     "model.proj_output_dim": 8,
     "optim.lr": 0.05,

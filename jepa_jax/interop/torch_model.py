@@ -317,6 +317,7 @@ def _infer_encoder(path: pathlib.Path, tensors: _Tensors, stem_padding: int | No
         stem_stride=1 if is_small else 2,
         stem_padding=stem_padding or (tensors.source.stem_padding if is_small else 3),
         stem_pool=not is_small,
+        expand_dim=_rows(tensors, "encoder.expand.0.weight", missing=0),
     )
 
 
@@ -326,10 +327,12 @@ def _infer_projector(tensors: _Tensors) -> Projector | None:
     return Projector(_rows(tensors, "projector.0.weight"), _rows(tensors, "projector.6.weight"))
 
 
-def _rows(tensors: _Tensors, name: str) -> int:
-    """Outputs of a linear layer; 1 for one that is missing or misshapen, which is found later."""
+def _rows(tensors: _Tensors, name: str, *, missing: int = 1) -> int:
+    """Outputs of a linear layer or 1x1 convolution; 1 for a misshapen one, which is found later."""
     array = tensors.known.get(name)
-    return array.shape[0] if array is not None and array.ndim == 2 and array.size else 1
+    if array is None:
+        return missing
+    return array.shape[0] if array.ndim in (2, 4) and array.size else 1
 
 
 def _template(module: ImageJEPA) -> Any:

@@ -11,7 +11,13 @@ from typing import Any
 
 import jax
 
-_STEM = {"stem_conv": "conv1", "stem_norm": "bn1"}
+# The stem, and the expansion after the stages, which torchvision's ResNet does not have.
+_SINGLE = {
+    "stem_conv": "conv1",
+    "stem_norm": "bn1",
+    "expand_conv": "expand.0",
+    "expand_norm": "expand.1",
+}
 _BLOCK = {
     "Conv_0": "conv1",
     "BatchNorm_0": "bn1",
@@ -47,7 +53,7 @@ def _torch_name(path: tuple[Any, ...]) -> str:
         name = f"layer{int(block[1]) + 1}.{block[2]}.{_BLOCK[modules[1]]}"
     else:
         (layer,) = modules
-        name = _STEM[layer]
+        name = _SINGLE[layer]
     return f"{part}.{name}.{_LEAF[leaf]}"
 
 

@@ -704,8 +704,8 @@ def _facts(run: Run) -> list[str]:
     epochs = run.last("epoch")
     if epochs:
         planned = number(run.config.get("optim.epochs"))
-        of = f" of {planned:.0f}" if planned > epochs else ""
-        facts.append(f"{epochs:.0f}{of} epoch{'s' if max(epochs, planned) != 1 else ''}")
+        of = f" of {planned:.3g}" if planned > 1.001 * epochs else ""
+        facts.append(f"{epochs:.3g}{of} epoch{'s' if max(epochs, planned) != 1 else ''}")
     if seconds := run.seconds():
         facts.append(duration(sum(seconds.values())))
     facts.append(str(part(run.stored, "environment").get("device", "")))
