@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from configs import rapid
 
-EPOCHS = {"90s": 1.5, "5m": 5.0, "12m": 12.0}
+EPOCHS = {"90s": 1.4, "5m": 4.7, "12m": 11.4}
 
 
 def get_config(length: str = "90s") -> ConfigDict:

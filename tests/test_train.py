@@ -97,7 +97,7 @@ def test_a_run_leaves_its_numbers(whole_runs, tiny_config):
     assert summary["feature_dim"] == 8 and summary["seed"] == tiny_config.meta.seed
     assert summary["steps"] == int(state.step) == 12 and summary["schema_version"] == 1
     assert summary["params_digest"] == train.params_digest(state.params)
-    assert summary["total_seconds"] >= summary["train_seconds"] > 0
+    assert summary["total_seconds"] >= summary["clock_seconds"] > summary["train_seconds"] > 0
     rows = read_metrics(workdir / "metrics.jsonl")
     assert [row["step"] for row in rows] == [4, 8, 12]
     wanted = {"loss", "invariance_loss", "var_loss", "cov_loss", "lr", "probe_loss", "probe_acc"}
@@ -505,12 +505,9 @@ def test_views_of_another_size_are_what_training_and_its_online_probe_see(run, m
     clean = to_float(plan.clean_images(dataset.train_images))
     clean = jax.vmap(lambda image: resized_crop(image, 0, 0, 32, 32, 16))(clean)
     expected = patch_whitening_kernel(encoder.normalize(clean), kernel.shape[-1])
-    kernel = np.asarray(kernel)
-    first, wanted = (
-        np.abs(kernel[..., 0]),
-        np.abs(np.asarray(expected)[..., 0]),
-    )  # the next ones are near-equal
-    np.testing.assert_allclose(first, wanted, rtol=1e-2)
+    # The first filter alone: the next two have nearly the same eigenvalue.
+    first, wanted = np.asarray(kernel)[..., 0], np.asarray(expected)[..., 0]
+    np.testing.assert_allclose(np.abs(first), np.abs(wanted), rtol=1e-2)
     again = plan.untrained_variables(encoder, plans[0].config, dataset.train_images)
     np.testing.assert_array_equal(again["params"]["encoder"]["stem_conv"]["kernel"], kernel)
 
