@@ -251,6 +251,27 @@ FAULTS = [
         "test_models.py",
     ),
     Fault(
+        "Muon turns the projector too",
+        "optim.py",
+        "if p.ndim <= 1 or is_projector:",
+        "if p.ndim <= 1:",
+        "test_optim.py",
+    ),
+    Fault(
+        "small images by the nearest pixel",
+        "augment.py",
+        'jax.image.resize(images, shape, "bilinear")',
+        'jax.image.resize(images, shape, "nearest")',
+        "test_augment.py",
+    ),
+    Fault(
+        "no expansion, whatever the config says",
+        "config.py",
+        'expand_dim=model.get("expand_dim", 0),',
+        "expand_dim=0,",
+        "test_config.py",
+    ),
+    Fault(
         "the penalty chosen on the test set",
         "probes/ridge.py",
         "max((score(val, candidate)",

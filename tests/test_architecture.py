@@ -17,13 +17,13 @@ PACKAGE = pathlib.Path(jepa_jax.__file__).parent
 FLOORS = (
     {"errors"},
     {"augment", "health", "losses", "optim", "probes", "command", "device", "progress", "signals"},
-    {"checkpoint", "data", "metrics", "models", "profile"},
+    {"checkpoint", "data", "metrics", "models", "profile", "random_patches"},
     {"interop", "representation", "sgd_probe", "train_step"},  # pure training and features
     {"config", "evaluation", "runner", "watch"},
     {"config_flags", "plan"},
     {"api", "train"},
-    {"benchmark", "convert", "evaluate", "report"},
-    {"main"},
+    {"compare", "convert", "evaluate", "report"},
+    {"benchmark", "main"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Arrays in, arrays out: no file, no config, no framework.

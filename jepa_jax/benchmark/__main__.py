@@ -22,10 +22,12 @@ from jepa_jax.signals import stop_on_signals
 _DESCRIPTION = """\
 How fast a config trains on this machine, where the time goes, and how far that is from what the
 machine can do. --config=FILE and --config.KEY=VALUE are those of jepa_jax.main; the default is
-configs/cpu.py, and configs/rapid.py for --suite. docs/performance.md says how to read the tables.
+configs/cpu.py, and configs/rapid.py for --suite. --time-to-accuracy trains on the config's own data
+and takes several --config; every --config.KEY=VALUE is for all of them. docs/performance.md says
+how to read the tables.
 """
 _INTERRUPTED = "interrupted; nothing was kept"
-_SUITE_INTERRUPTED = "interrupted; the same command goes on with what is missing"
+_GOES_ON = "interrupted; the same command goes on with what is missing"
 
 
 _DEFAULTS = {
@@ -37,6 +39,8 @@ _DEFAULTS = {
     "miniature": False,
     "peer_python": sys.executable,
     "minutes": None,
+    "seeds": 3,
+    "targets": "50,55,60,65,70",
 }
 # Of each kind of measurement, '' being that of one config; another option is refused.
 _OPTIONS = {
@@ -44,12 +48,14 @@ _OPTIONS = {
     "sweep": {"out", "images", "repeats"},
     "peer": {"out", "images", "peer_python"},
     "suite": {"out", "minutes", "miniature", "peer_python"},
+    "time-to-accuracy": {"out", "seeds", "targets"},
     "measure-step": {"images", "repeats", "augment"},
     "measure-shares": {"images"},
     "measure-epoch": {"images"},
     "measure-rates": {"miniature"},
     "measure-device": set(),
 }
+_OUT_HELP = "a JSON file; of --suite and --time-to-accuracy, a folder"
 
 
 def _parser() -> Parser:
@@ -64,6 +70,7 @@ def _parser() -> Parser:
     for name, text in (
         ("sweep", "over batch sizes and over D"),
         ("suite", "everything, in resumable pieces"),
+        ("time-to-accuracy", "train, and read accuracy over time beside its floors"),
         ("measure-step", "the step as one line of JSON"),
         ("measure-shares", "the parts of a step, likewise"),
         ("measure-epoch", "what follows an epoch, likewise"),
@@ -72,7 +79,7 @@ def _parser() -> Parser:
     ):
         kind.add_argument(f"--{name}", action="store_const", const=name, dest="kind", help=text)
     kind.add_argument("--peer", choices=["torch"], help="beside the same recipe in PyTorch")
-    parser.add_argument("--out", type=pathlib.Path, help="a JSON file; of --suite, a folder")
+    parser.add_argument("--out", type=pathlib.Path, help=_OUT_HELP)
     parser.add_argument("--no-startup", action="store_true", help="start no processes of main")
     parser.add_argument("--peer-python", help="one that has PyTorch, by default this one")
     parser.add_argument("--minutes", type=float, help="--suite begins nothing that may take longer")
@@ -80,6 +87,8 @@ def _parser() -> Parser:
     parser.add_argument("--images", type=int, help="synthetic ones to train on, by default 50,000")
     parser.add_argument("--repeats", type=int, help="values of a step, by default 5")
     parser.add_argument("--augment", choices=["device", "none"], help="of --measure-step")
+    parser.add_argument("--seeds", type=int, help="of each config, by default 3")
+    parser.add_argument("--targets", help="accuracies in percent, by default 50,55,60,65,70")
     return parser
 
 
@@ -92,13 +101,26 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         what = f"--{kind}" if kind else "the measurement of one config"
         parser.error(f"--{name.replace('_', '-')} is no option of {what}")
     arguments = argparse.Namespace(kind=kind, **{**_DEFAULTS, **given})
-    if kind == "suite" and not arguments.out:
-        parser.error("--suite needs --out DIR")
+    if kind in ("suite", "time-to-accuracy") and not arguments.out:
+        parser.error(f"--{kind} needs --out DIR")
+    arguments.targets = _targets(parser, arguments.targets)
+    if arguments.seeds < 1:
+        parser.error("--seeds must be at least 1")
     if min(arguments.images, arguments.repeats) < 1:
         parser.error("--images and --repeats must be at least 1")
     if arguments.minutes is not None and not arguments.minutes > 0:
         parser.error("--minutes must be above 0")
     return arguments, rest
+
+
+def _targets(parser: Parser, text: str) -> list[float]:
+    try:
+        targets = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        targets = []
+    if not targets or not all(0 < target < 100 for target in targets):
+        parser.error(f"--targets must be percentages above 0 and below 100, as 50,60; got {text!r}")
+    return targets
 
 
 def _print(tables: Sequence[Any]) -> None:
@@ -204,6 +226,31 @@ def _suite(arguments: argparse.Namespace, given: GivenConfig) -> None:
         sys.exit(code)
 
 
+def _time_to_accuracy(arguments: argparse.Namespace, configs: Sequence[GivenConfig]) -> None:
+    from jepa_jax.benchmark.time_to_accuracy import run_time_to_accuracy
+
+    code = run_time_to_accuracy(
+        configs, arguments.out, num_seeds=arguments.seeds, targets=arguments.targets
+    )
+    if code:
+        sys.exit(code)
+
+
+def _each_config(rest: Sequence[str]) -> list[GivenConfig]:
+    """A config for every --config; the overrides are for all of them."""
+    files, overrides, previous = [], [], ""
+    for flag in rest:
+        if previous in ("--config", "-config"):
+            files.append(flag)
+        elif flag.startswith(("--config=", "-config=")):
+            files.append(flag.split("=", 1)[1])
+        elif flag not in ("--config", "-config"):
+            overrides.append(flag)
+        previous = flag
+    flags = [[f"--config={file}"] for file in files] or [[]]
+    return [given_config([*file, *overrides]) for file in flags]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; `argv` is without the program's name, by default this process's."""
     arguments, rest = _parse(argv)
@@ -211,9 +258,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         from jepa_jax.benchmark.processes import ROOT
 
         rest = [f"--config={ROOT / 'configs' / 'rapid.py'}", *rest]
-    given = given_config(rest)
-    interrupted = _SUITE_INTERRUPTED if arguments.kind == "suite" else _INTERRUPTED
+    is_timed = arguments.kind == "time-to-accuracy"
+    given = _each_config(rest) if is_timed else given_config(rest)
+    interrupted = _GOES_ON if is_timed or arguments.kind == "suite" else _INTERRUPTED
     with errors_as_lines(interrupted), stop_on_signals(interrupted):
+        if is_timed:
+            _time_to_accuracy(arguments, given)
+            return
         from jepa_jax.config import validate
 
         validate(given.config)

@@ -1,0 +1,5 @@
+"""Is B better than A? Paired seeds, equal time, validation images: a verdict in words."""
+
+SIDES = ("A", "B")
+# Keys that say where things lie on a machine: no part of a result.
+PLACES = ("meta.model_folder", "data.data_dir")
