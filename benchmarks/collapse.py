@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from configs import cpu
+from benchmarks import views32
 from jepa_jax import from_arrays, load_dataset, train_and_evaluate
 from jepa_jax.device import describe
 from jepa_jax.errors import TrainingError
@@ -57,7 +57,7 @@ def run(
     name: str, seed: int, images: np.ndarray, workdir: pathlib.Path, *, stop: bool = False
 ) -> list[dict[str, Any]]:
     """Trains a scenario for two epochs without labels; its rows of metrics.jsonl."""
-    scenario, config = SCENARIOS[name], cpu.get_config()
+    scenario, config = SCENARIOS[name], views32.get_config()
     config.update(
         {
             "meta": {"seed": seed},

@@ -2,9 +2,9 @@
 
     python -m benchmarks.evaluation --out benchmarks/results/evaluation.json
 
-The network is configs/cpu.py's, widened to 512 features and left untrained: how long a probe takes
-depends on the size of the features and little on what they know. Training steps and extraction
-are timed in turns, A B A B, after a warm-up, each until the device is done.
+The network is that of benchmarks/views32.py, widened to 512 features and left untrained: how long
+a probe takes depends on the size of the features and little on what they know. Training steps and
+extraction are timed in turns, A B A B, after a warm-up, each until the device is done.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from configs import cpu
+from benchmarks import views32
 from jepa_jax import create_train_state, evaluate_representation, load_dataset, make_train_step
 from jepa_jax.augment import two_views
 from jepa_jax.config import create_encoder, hparams_from
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128, help="a quarter of the features")
     parser.add_argument("--out", type=pathlib.Path)
     arguments = parser.parse_args()
-    config, dataset = cpu.get_config(), load_dataset("cifar10")
+    config, dataset = views32.get_config(), load_dataset("cifar10")
     config.model.width = arguments.width
     encoder = create_encoder(config)
     speeds = _speeds(config, encoder, dataset, arguments.repeats)

@@ -1,10 +1,10 @@
-"""Does what makes XLA faster on a CPU change what is learnt? 200 steps of configs/cpu.py, 3 seeds.
+"""Does what makes XLA faster on a CPU change what is learnt? 200 steps, 3 seeds.
 
     python -m benchmarks.loss_curve --out benchmarks/results/loss_curve.json
 
-The same steps on the same real images, once as the commands set XLA up (`device.select`) and once
-as JAX comes. Both round differently, and training amplifies it; so the curves are compared with
-what another seed makes of them.
+The same steps of benchmarks/views32.py on the same real images, once as the commands set XLA up
+(`device.select`) and once as JAX comes. Both round differently, and training amplifies it; so the
+curves are compared with what another seed makes of them.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def _curves(is_set_up: bool) -> list[list[float]]:
     """Losses [seed, step] of this process."""
     import jax
 
-    from configs import cpu
+    from benchmarks import views32
     from jepa_jax import create_train_state, device, load_dataset, make_train_step, two_views
     from jepa_jax.config import create_encoder, hparams_from
     from jepa_jax.data import epoch_order
@@ -35,7 +35,7 @@ def _curves(is_set_up: bool) -> list[list[float]]:
 
     if is_set_up:
         device.select("cpu")
-    config, dataset = cpu.get_config(), load_dataset("cifar10")
+    config, dataset = views32.get_config(), load_dataset("cifar10")
     encoder, batch_size = create_encoder(config), config.data.batch_size
     name = config.optim.name
     step = jax.jit(
@@ -100,7 +100,7 @@ def main() -> None:
     curves = {kind: _in_a_process(kind) for kind in ("set_up", "as_jax_comes")}
     packages = ("jax", "jaxlib", "flax", "optax", "numpy")
     content = {
-        "what": "losses of 200 steps of configs/cpu.py, 3 seeds; differences are means over steps",
+        "what": "losses of 200 steps of views32.py, 3 seeds; differences are means over steps",
         "command": "python -m benchmarks.loss_curve",
         "environment": {
             "python": platform.python_version(),
