@@ -99,7 +99,8 @@ def random_patches(
     with both signs above a threshold and averaged over each quadrant. Nothing is trained and no
     label is seen.
 
-    On CIFAR-10 the whitening's epsilon and the threshold were chosen on validation images.
+    The whitening's epsilon and the threshold were chosen with 128 filters on validation images of
+    CIFAR-10, by ridge; within 0.25 to 0.5 and 0.003 to 0.1 all lay within 0.8 points.
 
     Args:
       key: of the images and the patches drawn.
