@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from jepa_jax import checkpoint, device
 from jepa_jax.augment import resize_images, two_views
 from jepa_jax.config import SCHEMA_VERSION, changed_keys, create_encoder, flatten, hparams_from
-from jepa_jax.data import Dataset, Records, choose_placement, load_dataset
+from jepa_jax.data import Dataset, Records, choose_placement, epoch_order, load_dataset
 from jepa_jax.errors import CheckpointError, ConfigError
 from jepa_jax.evaluation import has_labels
 from jepa_jax.metrics import read_json, write_json
@@ -47,6 +47,11 @@ _NUM_CLEAN_IMAGES = 2000
 _SCAN_STEPS, _SCAN_IMAGES = 32, 8192
 # What decides what a network computes and leaves no trace in the shapes of its parameters.
 _WITHOUT_SHAPE = ("model.stem_stride", "model.stem_padding", "model.stem_pool")
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _order(seed, epoch, num_images: int, batch_size: int) -> jax.Array:
+    return epoch_order(stream_key(seed, "order", epoch), num_images, batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +80,6 @@ class Plan:
         """The last one included, which may be shorter."""
         return math.ceil(self.num_steps / self.steps_per_epoch)
 
-    def steps_of(self, epoch: int) -> int:
-        """Of epoch number `epoch`, from 0."""
-        return min(self.steps_per_epoch, self.num_steps - epoch * self.steps_per_epoch)
-
     @property
     def loss_weights(self) -> dict[str, float]:
         """sim_coeff, std_coeff and cov_coeff."""
@@ -102,6 +103,20 @@ class Plan:
         if not size:
             return apply
         return jax.jit(lambda variables, images: apply(variables, resize_images(images, size)))
+
+    def steps_of(self, epoch: int) -> int:
+        """Of epoch number `epoch`, from 0."""
+        return min(self.steps_per_epoch, self.num_steps - epoch * self.steps_per_epoch)
+
+    def batches_of(self, epoch: int) -> np.ndarray:
+        """The dataset indices, int32 [S, B], of the steps of epoch number `epoch`, from 0."""
+        order = _order(
+            self.hparams.seed,
+            jax.device_put(np.uint32(epoch)),
+            len(self.dataset.train_images),
+            self.config.data.batch_size,
+        )
+        return jax.device_get(order)[: self.steps_of(epoch)]
 
     @property
     def has_labels(self) -> bool:
@@ -204,8 +219,7 @@ def initial_state(plan: Plan) -> TrainState:
     )
     state = jax.jit(create)(plan.hparams)
     if plan.config.model.stem_init == "whitening" and "encoder" not in plan.custom:
-        images = clean_images(plan.dataset.train_images)
-        _whiten_stem(plan.encoder, state.params, images, plan.config.data.view_size)
+        _whiten_stem(plan.encoder, plan.config, plan.dataset.train_images, state.params)
     return state
 
 
@@ -230,21 +244,24 @@ def untrained_variables(
     key = stream_key(jax.device_put(np.uint32(seed)), "init")
     variables = jax.jit(lambda key: encoder.model.init(key, jnp.zeros(shape, jnp.float32)))(key)
     if config.model.get("stem_init") == "whitening" and has_own_stem:
-        view_size = config.data.get("view_size", 0) if "data" in config else 0
-        _whiten_stem(encoder, variables["params"], clean_images(images), view_size)
+        _whiten_stem(encoder, config, images, variables["params"])
     return variables
 
 
-def _whiten_stem(encoder: Encoder, params: Any, images: np.ndarray, view_size: int) -> None:
-    stem = params["encoder"]["stem_conv"]
-    images = jnp.asarray(images)
-    # A patch of a smaller image holds more of it.
-    images = resize_images(images, view_size) if view_size else images
-    stem["kernel"] = patch_whitening_kernel(
-        encoder.normalize(images),
-        stem["kernel"].shape[-1],
-        patch_size=stem["kernel"].shape[0],
+def whitening_stem(encoder: Encoder, config: ConfigDict, images: np.ndarray | Records) -> jax.Array:
+    """The kernel [k, k, C, width] of a whitening stem, from training images uint8 [N, H, W, C]."""
+    images = jnp.asarray(clean_images(images))
+    # A patch of a smaller image holds more of it. (.get: an older run has no such key.)
+    if view_size := config.data.get("view_size", 0):
+        images = resize_images(images, view_size)
+    model = config.model
+    return patch_whitening_kernel(
+        encoder.normalize(images), model.width, patch_size=model.stem_kernel
     )
+
+
+def _whiten_stem(encoder, config, images, params) -> None:
+    params["encoder"]["stem_conv"]["kernel"] = whitening_stem(encoder, config, images)
 
 
 def clean_images(images: np.ndarray | Records) -> np.ndarray:

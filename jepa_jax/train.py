@@ -26,7 +26,7 @@ from jepa_jax.config import (
     compute_dtype,
     validate,
 )
-from jepa_jax.data import Dataset, epoch_order
+from jepa_jax.data import Dataset
 from jepa_jax.errors import ConfigError, Interrupted, TrainingError
 from jepa_jax.evaluation import evaluate_representation, with_online_probe
 from jepa_jax.metrics import MetricsWriter, read_json, write_json
@@ -53,7 +53,6 @@ from jepa_jax.train_step import (
     TrainStep,
     make_train_step,
     probe_logits,
-    stream_key,
 )
 from jepa_jax.watch import Watch, diagnose, explain, loss_balance
 
@@ -106,21 +105,10 @@ def _check_finite(metrics: dict[str, np.ndarray], last_step: int, count: int) ->
         )
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _order(seed, epoch, num_images: int, batch_size: int) -> jax.Array:
-    return epoch_order(stream_key(seed, "order", epoch), num_images, batch_size)
-
-
 def _train_epoch(loop: "_Loop", runner: Runner, state: TrainState) -> TrainState:
     """Runs what is left of an epoch, adding up its metrics; returns early on a stop."""
     plan, progress, bar, clock = loop.plan, loop.progress, loop.bar, loop.clock
-    order = _order(
-        plan.hparams.seed,
-        jax.device_put(np.uint32(progress["epoch"])),
-        len(plan.dataset.train_images),
-        plan.config.data.batch_size,
-    )
-    order = jax.device_get(order)[progress["count"] : plan.steps_of(progress["epoch"])]
+    order = plan.batches_of(progress["epoch"])[progress["count"] :]
 
     def collect(metrics, count):
         metrics = {name: np.atleast_1d(v)[:count] for name, v in jax.device_get(metrics).items()}

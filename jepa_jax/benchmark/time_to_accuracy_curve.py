@@ -9,7 +9,6 @@ beside it: drawing the first parameters, compiling, one step to warm up, and eve
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,12 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jepa_jax.augment import resize_images, to_float
-from jepa_jax.data import Dataset, epoch_order
+from jepa_jax.augment import to_float
+from jepa_jax.data import Dataset
 from jepa_jax.errors import ConfigError, TrainingError
 from jepa_jax.evaluation import evaluate_representation
-from jepa_jax.models import patch_whitening_kernel
-from jepa_jax.plan import Plan, clean_images, initial_state
+from jepa_jax.plan import Plan, clean_images, initial_state, whitening_stem
 from jepa_jax.progress import Phases
 from jepa_jax.random_patches import FEATURES_PER_FILTER, random_patches
 from jepa_jax.representation import reestimate_batch_stats
@@ -131,27 +129,21 @@ class _Run:
             self._warm_up()
         if plan.config.model.stem_init == "whitening" and "encoder" not in plan.custom:
             with self.clock(_STEM):
-                _stem_eigenvectors(plan, self.state)
+                # What `initial_state` did, once more, now that it is compiled.
+                images = plan.dataset.train_images
+                jax.block_until_ready(whitening_stem(plan.encoder, plan.config, images))
 
     def _warm_up(self) -> None:
         """A step on a copy of the state: of what follows, the first step is as fast as any."""
         copy = jax.tree.map(jnp.copy, self.state)
-        with contextlib.closing(self._runner.run(copy, self._order(0)[:1])) as pieces:
+        with contextlib.closing(self._runner.run(copy, self.plan.batches_of(0)[:1])) as pieces:
             jax.block_until_ready(list(pieces))
-
-    def _order(self, epoch: int) -> np.ndarray:
-        """Of `train`: the batches of an epoch [S, B], a last and shorter one cut."""
-        plan = self.plan
-        key = stream_key(plan.hparams.seed, "order", jax.device_put(np.uint32(epoch)))
-        num_images = len(plan.dataset.train_images)
-        order = jax.device_get(epoch_order(key, num_images, plan.config.data.batch_size))
-        return order[: plan.num_steps - epoch * plan.steps_per_epoch]
 
     def _pieces(self) -> Iterator[tuple[TrainState, Any, int]]:
         """(state, metrics, steps) of every piece of the run."""
         state = self.state
-        for epoch in range(math.ceil(self.plan.num_steps / self.plan.steps_per_epoch)):
-            with contextlib.closing(self._runner.run(state, self._order(epoch))) as pieces:
+        for epoch in range(self.plan.num_epochs):
+            with contextlib.closing(self._runner.run(state, self.plan.batches_of(epoch))) as pieces:
                 for state, metrics, count in pieces:
                     yield state, metrics, count
 
@@ -196,18 +188,6 @@ class _Run:
             "epochs": step / plan.steps_per_epoch,
             **scores["encoder"],
         }
-
-
-def _stem_eigenvectors(plan: Plan, state: TrainState) -> None:
-    """What `initial_state` does for a whitening stem, once more, now that it is compiled."""
-    kernel = state.params["encoder"]["stem_conv"]["kernel"]
-    images = jnp.asarray(clean_images(plan.dataset.train_images))
-    if size := plan.config.data.view_size:
-        images = resize_images(images, size)
-    images = plan.encoder.normalize(images)
-    jax.block_until_ready(
-        patch_whitening_kernel(images, kernel.shape[-1], patch_size=kernel.shape[0])
-    )
 
 
 def _require_finite(losses: jax.Array, done: int, count: int) -> None:
