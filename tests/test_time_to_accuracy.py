@@ -87,7 +87,7 @@ class Fake:
         state = TrainState(jnp.int32(0), {}, {}, (), None)
         monkeypatch.setattr(curve, "initial_state", lambda plan: state)
         monkeypatch.setattr(curve, "make_runner", lambda plan, state: self)
-        monkeypatch.setattr(curve, "_stem_eigenvectors", lambda *_: self.spend(self.stem))
+        monkeypatch.setattr(curve, "whitening_stem", lambda *_: self.spend(self.stem))
         monkeypatch.setattr(curve, "reestimate_batch_stats", self.reestimate)
         monkeypatch.setattr(curve, "_scores", self.scores)
 
