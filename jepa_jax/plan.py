@@ -86,15 +86,25 @@ class Plan:
         loss = self.config.loss
         return {name: loss[name] for name in ("sim_coeff", "std_coeff", "cov_coeff")}
 
-    @functools.cached_property
+    @property
+    def feature_dim(self) -> int:
+        """F of the representation that the probes see."""
+        return self._dims[0]
+
+    @property
     def embedding_dim(self) -> int:
         """D of the embedding that the loss sees."""
+        return self._dims[1]
+
+    @functools.cached_property
+    def _dims(self) -> tuple[int, int]:
         images = jnp.zeros((2, *self.dataset.image_shape), jnp.float32)
 
         def embed(key):
             return self.encoder.model.apply(self.encoder.model.init(key, images), images, False)[0]
 
-        return jax.eval_shape(embed, stream_key(self.hparams.seed, "init"))[1].shape[-1]
+        h, z = jax.eval_shape(embed, stream_key(self.hparams.seed, "init"))
+        return h.shape[-1], z.shape[-1]
 
     @functools.cached_property
     def apply_as_trained(self) -> Callable[[Any, jax.Array], jax.Array]:
@@ -185,6 +195,10 @@ def make_plan(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from)
     given = {"loss_fn": loss_fn, "encoder": encoder, "augment_fn": augment_fn}
     if augment_fn is None:
         augment_fn = functools.partial(two_views, size=config.data.view_size or None)
+    elif config.data.view_size:
+        # One's own makes views of the size it likes: the key does not speak of them.
+        config = config.copy_and_resolve_references()
+        config.data.view_size = 0
     steps_per_epoch = len(dataset.train_images) // config.data.batch_size
     if round(config.optim.epochs * steps_per_epoch) < 1:
         raise ConfigError(

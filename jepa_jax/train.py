@@ -507,7 +507,8 @@ def train_and_evaluate(
       dataset: in place of the config's, see `jepa_jax.data.from_arrays`.
       loss_fn: (key, z1 [B, D], z2 [B, D], hparams) -> (loss, terms), in place of the config's.
       encoder: a Linen module called as encoder(images, train) -> h [B, F], or a `ModelFns`.
-      augment_fn: (key, images uint8 [B, H, W, 3]) -> (x1, x2) in [0, 1], in place of `two_views`.
+      augment_fn: (key, images uint8 [B, H, W, 3]) -> (x1, x2) in [0, 1], in place of `two_views`;
+        data.view_size then counts as 0.
       init_from: another run's workdir, whose parameters the run starts from.
       profile: whether to write a trace of a few steps to workdir/profile, see `profile.Profile`.
 

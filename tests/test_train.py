@@ -387,12 +387,21 @@ def invariance_only(key, z1, z2, hparams):
     return loss, {"pull_loss": loss}
 
 
+def flips(key, images):
+    images = images.astype(jnp.float32) / 255.0
+    return images, images[:, :, ::-1]
+
+
+def test_the_size_of_views_is_left_to_an_augmentation_of_ones_own(run):
+    """Training, the stem's patches and the online probe are what they are without the key."""
+    plain, plain_dir = run("plain", augment_fn=flips)
+    sized, sized_dir = run("sized", augment_fn=flips, overrides={"data.view_size": 16})
+    assert_same_state(sized, plain)
+    assert rows_without_times(sized_dir) == rows_without_times(plain_dir)
+
+
 @pytest.mark.parametrize("encoder", [Flat(), linen_model(Pair())], ids=["linen", "functions"])
 def test_a_users_own_parts_train_and_load(run, cifar_arrays, encoder):
-    def flips(key, images):
-        images = images.astype(jnp.float32) / 255.0
-        return images, images[:, :, ::-1]
-
     state, workdir = run(encoder=encoder, loss_fn=invariance_only, augment_fn=flips)
     assert "train/pull_loss" in read_metrics(workdir / "metrics.jsonl")[0]
     assert summary_of(workdir)["feature_dim"] == 6

@@ -18,11 +18,11 @@ from jepa_jax.augment import to_float
 from jepa_jax.benchmark import roofline
 from jepa_jax.benchmark.timing import REPEATS, spread
 from jepa_jax.config import compute_dtype, validate
-from jepa_jax.data import Dataset, epoch_order, from_arrays
+from jepa_jax.data import Dataset, from_arrays
 from jepa_jax.errors import TrainingError
 from jepa_jax.plan import Plan, initial_state, make_plan
 from jepa_jax.train import make_runner
-from jepa_jax.train_step import TrainState, stream_key
+from jepa_jax.train_step import TrainState
 
 NUM_IMAGES, NUM_TEST, SIDE, _NUM_CLASSES = 50_000, 10_000, 32, 10
 # Noise may diverge at a recipe's own rate, and no time depends on it.
@@ -78,6 +78,11 @@ def synthetic_plan(config: ConfigDict, *, num_images: int = NUM_IMAGES, augment:
         augment_fn = functools.partial(fixed_views, size=config.data.view_size or SIDE)
     dataset = synthetic_dataset(num_images)
     return make_plan(config, pathlib.Path(), dataset, None, None, augment_fn, None)
+
+
+def _view_side(plan: Plan) -> int:
+    images = jax.ShapeDtypeStruct((2, *plan.dataset.image_shape), jnp.uint8)
+    return jax.eval_shape(plan.augment_fn, jax.random.key(0), images)[0].shape[1]
 
 
 def dtype_name(config: ConfigDict) -> str:
@@ -141,10 +146,8 @@ def measure_step(plan: Plan, *, repeats: int = REPEATS) -> dict[str, Any]:
     began = time.perf_counter()
     runner = make_runner(plan, state)
     compile_seconds = time.perf_counter() - began
-    key = stream_key(plan.hparams.seed, "order")
-    order = jax.device_get(epoch_order(key, len(plan.dataset.train_images), batch_size))
     piece = runner.piece
-    loop = _Loop(runner, state, order)
+    loop = _Loop(runner, state, plan.batches_of(0))
     del state
     _, first_loss = loop.run(piece)
     seconds, _ = loop.run(piece)
@@ -156,7 +159,7 @@ def measure_step(plan: Plan, *, repeats: int = REPEATS) -> dict[str, Any]:
         config.model.to_dict(),
         batch_size=batch_size,
         bytes_per_value=jnp.dtype(compute_dtype(config)).itemsize,
-        image_side=plan.config.data.view_size or plan.dataset.image_shape[0],
+        image_side=_view_side(plan),
     )
     images_per_second = spread([batch_size / value for value in values])
     return {

@@ -153,7 +153,7 @@ class TimeToAccuracy:
         plan = next(iter(self._plans.values()))
         dataset, num_val = plan.dataset, plan.config.data.num_val
         key = {"dataset": _describe(dataset), "num_val": num_val}
-        own = {curve.feature_dim(plan) for plan in self._plans.values()}
+        own = {plan.feature_dim for plan in self._plans.values()}
         dims = {*_PATCH_DIMS, *(dim for dim in own if dim % FEATURES_PER_FILTER == 0)}
         work = functools.partial(curve.measure_pixels, dataset, num_val)
         return [

@@ -26,7 +26,7 @@ from jepa_jax.progress import Phases
 from jepa_jax.random_patches import FEATURES_PER_FILTER, random_patches
 from jepa_jax.representation import reestimate_batch_stats
 from jepa_jax.train import make_runner
-from jepa_jax.train_step import TrainState, stream_key
+from jepa_jax.train_step import TrainState
 
 PROBES = ("ridge", "knn")
 # The first probe after this share of a run, each later one after so many times as many steps.
@@ -58,17 +58,6 @@ def require_labels(plan: Plan) -> None:
             f"accuracy needs labels: {plan.dataset.name} has none to fit a probe to, or, with "
             f"config.data.num_val={plan.config.data.num_val}, none to read it on"
         )
-
-
-def feature_dim(plan: Plan) -> int:
-    """F of the representation that the probes see."""
-    images = jnp.zeros((1, *plan.dataset.image_shape), jnp.uint8)
-
-    def represent(key):
-        variables = plan.encoder.model.init(key, plan.encoder.normalize(images))
-        return plan.encoder.apply(variables, images)
-
-    return jax.eval_shape(represent, stream_key(plan.hparams.seed, "init")).shape[-1]
 
 
 # --- one run ----------------------------------------------------------------------------------
@@ -105,7 +94,7 @@ def measure_curve(
         on_row(rows[-1])
     return run.state, {
         "rows": rows,
-        "feature_dim": feature_dim(plan),
+        "feature_dim": plan.feature_dim,
         "num_steps": plan.num_steps,
         "steps_per_epoch": plan.steps_per_epoch,
         "batch_size": plan.config.data.batch_size,

@@ -13,11 +13,10 @@ from ml_collections import ConfigDict
 
 from jepa_jax.compare import PLACES, SIDES
 from jepa_jax.config import flatten, known_keys
-from jepa_jax.data import epoch_order
 from jepa_jax.plan import Plan, initial_state
 from jepa_jax.progress import say
 from jepa_jax.train import make_runner
-from jepa_jax.train_step import HParams, stream_key
+from jepa_jax.train_step import HParams
 
 # Set by the comparison for both sides.
 _SET_HERE = ("meta.seed", "optim.epochs")
@@ -77,9 +76,7 @@ class _Pace:
     def __init__(self, plan: Plan):
         state = initial_state(plan)
         self._runner, self._state = make_runner(plan, state), state
-        key = stream_key(plan.hparams.seed, "order")
-        num_images, batch_size = len(plan.dataset.train_images), plan.config.data.batch_size
-        self._order = jax.device_get(epoch_order(key, num_images, batch_size))
+        self._order, self._steps_per_epoch = plan.batches_of(0), plan.steps_per_epoch
         self._position = 0
         self._run(self._runner.piece)  # the first call is slower than all others
         seconds = self._run(self._runner.piece)
@@ -100,7 +97,7 @@ class _Pace:
 
     def epoch_seconds(self) -> float:
         """A turn: what an epoch takes at the pace of some seconds."""
-        return self._run(self._num_steps) / self._num_steps * len(self._order)
+        return self._run(self._num_steps) / self._num_steps * self._steps_per_epoch
 
 
 def measure_turns(plans: Mapping[str, Plan]) -> list[tuple[float, float]]:
