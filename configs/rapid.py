@@ -59,7 +59,8 @@ def get_config() -> ConfigDict:
     config.optim.lr = 0.707  # the guide's choice, by a search of 5 epochs inside the warm-up
     config.optim.weight_decay = 1e-4  # of weights only, never of biases and BatchNorm
     config.optim.momentum = 0.9  # new; of lars and sgd
-    config.optim.warmup_epochs = 5.0  # linear, per step (the reference steps once an epoch)
+    config.optim.warmup_epochs = 5.0  # linear
+    config.optim.schedule = "step"  # new; late_epoch is the reference's: once an epoch, one late
     config.optim.warmup_start_lr = 3e-5
     config.optim.min_lr = 0.0  # where the cosine ends
     config.optim.probe_lr = 1e-3  # new; the online probe's own Adam; the reference's shares LARS

@@ -88,6 +88,7 @@ _KEYS = {
     "optim.momentum": _Key(float, "in [0, 1)", lambda value: 0 <= value < 1),
     "optim.warmup_epochs": _at_least(0, float),
     "optim.warmup_start_lr": _NOT_NEGATIVE,
+    "optim.schedule": _one_of("step", "late_epoch"),
     "optim.min_lr": _NOT_NEGATIVE,
     "optim.probe_lr": _POSITIVE,
     "training.use_amp": _FLAG,
@@ -175,6 +176,11 @@ def validate(config: ConfigDict) -> None:
             f"config.optim.warmup_epochs ({optim.warmup_epochs:g}) is longer than "
             f"config.optim.epochs ({optim.epochs:g})"
         )
+    if optim.schedule == "late_epoch" and (optim.warmup_epochs % 1 or optim.warmup_epochs == 1):
+        raise ConfigError(
+            "config.optim.schedule=late_epoch needs a whole number of config.optim.warmup_epochs "
+            f"other than 1, got {optim.warmup_epochs:g}"
+        )
     if config.model.stem_init == "whitening" and config.model.width % 2:
         raise ConfigError("config.model.stem_init=whitening needs an even config.model.width")
     most, side = 2 * 3 * config.model.stem_kernel**2, config.model.stem_kernel
@@ -241,6 +247,7 @@ def hparams_from(config: ConfigDict, steps_per_epoch: int) -> HParams:
         "std_coeff": loss.std_coeff,
         "cov_coeff": loss.cov_coeff,
         "probe_lr": optim.probe_lr,
+        "late_epoch_steps": steps_per_epoch if optim.schedule == "late_epoch" else 0,
     }
     scalars = {name: np.float32(value) for name, value in numbers.items()}
     return HParams(seed=np.uint32(config.meta.seed), **scalars)

@@ -40,6 +40,40 @@ def warmup_cosine(
     return jnp.where(step < warmup_steps, rise, fall)
 
 
+def late_epoch_warmup_cosine(
+    step: jax.typing.ArrayLike,
+    *,
+    peak: jax.typing.ArrayLike,
+    num_steps: jax.typing.ArrayLike,
+    epoch_steps: jax.typing.ArrayLike,
+    warmup_steps: jax.typing.ArrayLike = 0,
+    start: jax.typing.ArrayLike = 0.0,
+    end: jax.typing.ArrayLike = 0.0,
+) -> jax.Array:
+    """The reference's schedule, off by one: it moves once an epoch, when the epoch is over.
+
+    With E = num_steps / epoch_steps epochs and W = warmup_steps / epoch_steps of warm-up: epoch 0
+    trains at `peak`, before any warm-up; epoch e > 0 at the rate of e' = e - 1, which is
+    start + (peak - start) * e' / (W - 1) for e' < W, and
+    end + (peak - end) * (1 + cos(pi * (e' - W) / (E - W))) / 2 from W on. Momentum that gathered at
+    `start` in epoch 1 is then multiplied by a rate thousands of times larger: a kick. For a
+    measurement of that (docs/recipe.md); `warmup_cosine` is the schedule to train with.
+
+    Args:
+      step: of the update, from 0.
+      peak, num_steps, warmup_steps, start, end: as in `warmup_cosine`.
+      epoch_steps: steps of an epoch; W must be a whole number other than 1, where the reference
+        divides by zero.
+    """
+    epoch = jnp.floor(jnp.asarray(step, jnp.float32) / epoch_steps)
+    warmup, epochs = warmup_steps / epoch_steps, num_steps / epoch_steps
+    late = jnp.maximum(epoch - 1.0, 0.0)
+    rise = start + (peak - start) * late / jnp.maximum(warmup - 1.0, 1.0)
+    progress = (late - warmup) / jnp.maximum(epochs - warmup, 1.0)
+    fall = end + (peak - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+    return jnp.where(epoch < 1, peak, jnp.where(late < warmup, rise, fall))
+
+
 def matrices_only(params: optax.Params) -> optax.Params:
     """A mask that is True for weights (ndim > 1) and False for biases and BatchNorm's 1-D ones."""
     return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)

@@ -15,7 +15,7 @@ import optax
 
 from jepa_jax.losses import vicreg_loss
 from jepa_jax.models import ModelFns, normalize
-from jepa_jax.optim import create_optimizer, warmup_cosine
+from jepa_jax.optim import create_optimizer, late_epoch_warmup_cosine, warmup_cosine
 
 Metrics = dict[str, jax.Array]
 # What a step reports beside the loss's own terms.
@@ -27,7 +27,8 @@ class HParams:
     """Every number a step reads: a pytree of scalars, so that changing one never recompiles.
 
     Rates are per step; the schedule warms up linearly from `warmup_start_lr` to `lr` in
-    `warmup_steps` and falls by a half cosine to `min_lr` at `num_steps`.
+    `warmup_steps` and falls by a half cosine to `min_lr` at `num_steps`. With `late_epoch_steps`
+    above 0, the steps of an epoch, it is the reference's: see `late_epoch_warmup_cosine`.
     """
 
     seed: jax.typing.ArrayLike
@@ -42,6 +43,7 @@ class HParams:
     std_coeff: jax.typing.ArrayLike
     cov_coeff: jax.typing.ArrayLike
     probe_lr: jax.typing.ArrayLike
+    late_epoch_steps: jax.typing.ArrayLike = 0.0
 
 
 @flax.struct.dataclass
@@ -88,14 +90,16 @@ def vicreg(key: jax.Array, z1: jax.Array, z2: jax.Array, hparams: HParams):
 
 def learning_rate(hparams: HParams, step: jax.typing.ArrayLike) -> jax.Array:
     """The rate of update number `step`, from 0."""
-    return warmup_cosine(
-        step,
-        peak=hparams.lr,
-        num_steps=hparams.num_steps,
-        warmup_steps=hparams.warmup_steps,
-        start=hparams.warmup_start_lr,
-        end=hparams.min_lr,
-    )
+    numbers = {
+        "peak": hparams.lr,
+        "num_steps": hparams.num_steps,
+        "warmup_steps": hparams.warmup_steps,
+        "start": hparams.warmup_start_lr,
+        "end": hparams.min_lr,
+    }
+    epoch_steps = hparams.late_epoch_steps
+    late = late_epoch_warmup_cosine(step, epoch_steps=jnp.maximum(epoch_steps, 1.0), **numbers)
+    return jnp.where(epoch_steps > 0, late, warmup_cosine(step, **numbers))
 
 
 def _optimizer(name: str, hparams: HParams, step: jax.typing.ArrayLike):

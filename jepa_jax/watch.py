@@ -225,8 +225,8 @@ def loss_balance(
         return weights, ""
     flags = " ".join(f"--config.loss.{name}={value:.4g}" for name, value in wanted.items())
     return weights, (
-        f"against the VICReg paper's balance {' and '.join(far)}: configs/default.py is balanced, "
-        f"and so is {flags}"
+        f"against the VICReg paper's balance {' and '.join(far)}: configs/rapid_fixed.py is "
+        f"balanced, and so is {flags}"
     )
 
 

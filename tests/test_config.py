@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import cpu, default, full, rapid
+from configs import cpu, default, full, rapid, rapid_fixed
 from jepa_jax.config import (
     changed_keys,
     compute_dtype,
@@ -25,6 +25,7 @@ from jepa_jax.config import (
     validate,
 )
 from jepa_jax.errors import ConfigError
+from jepa_jax.losses import paper_cov_coeff
 from jepa_jax.models import Encoder, ModelFns
 
 # Every key and value of the reference's rapid.yaml.
@@ -181,6 +182,7 @@ BAD_VALUES = [
     ("optim.warmup_epochs", -1.0, "at least 0"),
     ("optim.warmup_start_lr", -1.0, "at least 0"),
     ("optim.min_lr", -1.0, "at least 0"),
+    ("optim.schedule", "epoch", "one of step, late_epoch, got 'epoch' (did you mean "),
     ("optim.probe_lr", 0.0, "above 0"),
     ("training.dtype", "bfloat", "(did you mean bfloat16?)"),
     ("training.dtype", "float16", "one of bfloat16, float32"),
@@ -373,12 +375,38 @@ def test_hparams_are_the_configs_numbers_in_steps():
         "std_coeff": 1.0,
         "cov_coeff": 80.0,
         "probe_lr": 1e-3,
+        "late_epoch_steps": 0,
     }
     found = vars(hparams).copy()
     seed = found.pop("seed")
     assert (seed, seed.dtype) == (42, np.uint32)
     assert {value.dtype for value in found.values()} == {np.dtype(np.float32)}
     assert found == {name: np.float32(value) for name, value in expected.items()}
+
+
+def test_the_references_schedule_needs_the_steps_of_its_epochs():
+    config = rapid.get_config()
+    config.optim.schedule = "late_epoch"
+    assert hparams_from(config, 16).late_epoch_steps == 16
+
+
+@pytest.mark.parametrize("warmup_epochs", [1.0, 0.5])
+def test_the_references_schedule_refuses_the_warmup_at_which_it_divides_by_zero(warmup_epochs):
+    config = rapid.get_config()
+    config.optim.update(schedule="late_epoch", warmup_epochs=warmup_epochs)
+    with pytest.raises(ConfigError, match="whole number of config.optim.warmup_epochs other than"):
+        validate(config)
+    config.optim.warmup_epochs = 0.0
+    validate(config)
+
+
+def test_each_repair_of_rapid_fixed_is_one_override_away_from_rapid():
+    undone = rapid_fixed.get_config()
+    undone.loss.update(std_coeff=25.0, cov_coeff=1.0)
+    undone.data.batch_size = 3072
+    assert undone.to_json() == rapid.get_config().to_json()
+    fixed = rapid_fixed.get_config()
+    assert fixed.loss.cov_coeff == round(paper_cov_coeff(fixed.model.proj_output_dim))
 
 
 def test_changed_keys_lists_what_decides_the_result_and_ignores_the_rest():

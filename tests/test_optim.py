@@ -1,6 +1,7 @@
 """Optimisers against loops over their formulas in numpy, and the schedule against optax's."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from jepa_jax.optim import OPTIMIZERS, create_optimizer, lars, warmup_cosine
+from jepa_jax.optim import (
+    OPTIMIZERS,
+    create_optimizer,
+    lars,
+    late_epoch_warmup_cosine,
+    warmup_cosine,
+)
 
 SHAPES = {"conv": (3, 3, 2, 4), "dense": (5, 8), "zero": (2, 3), "bias": (8,), "scale": (4,)}
 
@@ -254,6 +261,32 @@ def test_warmup_cosine_equals_optax_where_that_is_defined(warmup_steps):
     found = schedule(steps, np.float32(0.7), 40, warmup_steps, np.float32(0.01), np.float32(0.1))
     with jax.numpy_dtype_promotion("standard"):
         np.testing.assert_allclose(found, jax.vmap(optaxs)(steps), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("warmup", [0, 2, 5])
+def test_the_references_schedule_is_set_after_each_epoch_and_the_first_runs_at_the_peak(warmup):
+    """Against a loop that does what the reference's does, epoch by epoch."""
+    peak, start, end, epochs, epoch_steps = 0.7, 3e-5, 0.1, 12, 4
+    rate, wanted = peak, []
+    for epoch in range(epochs):
+        wanted += [rate] * epoch_steps
+        if epoch < warmup:
+            rate = start + epoch * (peak - start) / (warmup - 1)
+        else:
+            progress = (epoch - warmup) / (epochs - warmup)
+            rate = end + 0.5 * (peak - end) * (1 + math.cos(math.pi * progress))
+    found = jax.vmap(
+        lambda step: late_epoch_warmup_cosine(
+            step,
+            peak=peak,
+            num_steps=epochs * epoch_steps,
+            warmup_steps=warmup * epoch_steps,
+            epoch_steps=epoch_steps,
+            start=start,
+            end=end,
+        )
+    )(jnp.arange(epochs * epoch_steps))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
 def test_warmup_cosine_defaults_have_no_warmup_and_end_at_zero():

@@ -276,6 +276,13 @@ def dense_gradients(params, views, hparams):
     return jax.grad(loss)(params)
 
 
+def test_the_rate_follows_the_references_schedule_when_its_epochs_steps_are_given():
+    hparams = some_hparams(lr=0.7, min_lr=0.0, warmup_steps=4, num_steps=12, late_epoch_steps=2)
+    rates = [float(learning_rate(hparams, step)) for step in range(0, 12, 2)]
+    fall = [0.35 * (1 + np.cos(np.pi * k / 4)) for k in range(3)]
+    np.testing.assert_allclose(rates, [0.7, 0.1, 0.7, *fall], rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_the_named_optimiser_takes_the_step(name, batch):
     """Its chain, at this step's rate, on the gradient of the loss."""

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import cpu, default, full, rapid
+from configs import cpu, default, full, rapid, rapid_fixed
 from jepa_jax.models import ModelFns
 from jepa_jax.train_step import HParams
 from jepa_jax.watch import Watch, diagnose, explain, loss_balance
@@ -143,12 +143,12 @@ def test_rapids_loss_is_out_of_balance_and_the_line_says_how_to_mend_it():
     weights, warning = balance_of(rapid)
     assert weights == "1 : 25 : 0.00024"
     assert "variance is 25 times too strong and covariance is 164 times too weak" in warning
-    assert "configs/default.py" in warning
+    assert "configs/rapid_fixed.py" in warning
     assert "--config.loss.std_coeff=1 --config.loss.cov_coeff=163.8" in warning
     assert balance_of(full)[1]
 
 
-@pytest.mark.parametrize("module", [cpu, default])
+@pytest.mark.parametrize("module", [cpu, default, rapid_fixed])
 def test_balanced_recipes_raise_no_warning(module):
     weights, warning = balance_of(module)
     assert weights.startswith("1 : 1 : 0.0") and not warning
