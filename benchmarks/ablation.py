@@ -4,9 +4,9 @@
 
 By default rapid at an eighth, for two CPU cores: width, projector, batch and images are divided by
 eight, a stage has one block, views have 16 pixels; epochs, steps an epoch, rates and the balance of
-the loss in the paper's units stay. With --scale 1, on a GPU, it is rapid itself. The reference's own online probe, which sits inside the
-encoder's optimiser and schedule, is trained beside ours on the same features. Finished runs are
-read, not repeated. The test set is not read.
+the loss in the paper's units stay. With --scale 1, on a GPU, it is rapid itself. The reference's
+own online probe, which sits inside the encoder's optimiser and schedule, is trained beside ours on
+the same features. Finished runs are read, not repeated. The test set is not read.
 """
 
 import argparse
