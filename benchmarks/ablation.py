@@ -11,12 +11,8 @@ the same features. Finished runs are read, not repeated. The test set is not rea
 
 import argparse
 import dataclasses
-import datetime
 import functools
-import importlib.metadata
-import json
 import pathlib
-import statistics
 import time
 from typing import Any
 
@@ -26,6 +22,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from benchmarks.figures import percent, stored, write_document
 from configs import rapid, rapid_fixed
 from jepa_jax import device
 from jepa_jax.data import Dataset, take
@@ -54,6 +51,8 @@ RUNGS: dict[str, Overrides] = {
 # After which shares of a run, beside the last step, the ridge probe is read.
 _PROBED = (0.1, 0.2, 0.5)
 _NUM_GRADIENT_IMAGES = 256
+# What shows the schedule's kick: with it and without, in the first epochs.
+_KICK, _KICK_EPOCHS = ("+ balance of the loss", "+ a schedule per step"), 12
 
 
 def config_of(rung: str, *, scale: int, seed: int = 0) -> ConfigDict:
@@ -271,11 +270,6 @@ def gradient_norms(dataset: Dataset) -> dict[str, dict[str, float]]:
 # --- table ------------------------------------------------------------------------------------
 
 
-def _spread(values: list[float]) -> str:
-    mean = f"{100 * statistics.fmean(values):.1f}"
-    return mean if len(values) < 2 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
-
-
 _COLUMNS = {
     "online as the reference": "online probe in LARS",
     "online": "online probe, own Adam",
@@ -291,19 +285,12 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
         "|---" * (2 + len(_COLUMNS)) + "|",
     ]
     for rung, runs in rows.items():
-        cells = [_spread([run["probes"][name] for run in runs]) for name in _COLUMNS]
+        cells = [percent([run["probes"][name] for run in runs]) for name in _COLUMNS]
         lines.append(f"| {rung} | {runs[0]['steps']:,} | {' | '.join(cells)} |")
     untrained = [run["untrained"] for runs in rows.values() for run in runs]
-    cells = [_spread([values[probe] for values in untrained]) for probe in ("ridge", "knn")]
+    cells = [percent([values[probe] for values in untrained]) for probe in ("ridge", "knn")]
     lines.append(f"| untrained | 0 | | | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _stored(path: pathlib.Path, measure: Any) -> Any:
-    if not path.exists():
-        print(f"measuring {path.stem}", flush=True)
-        path.write_text(json.dumps(measure()))
-    return json.loads(path.read_text())
 
 
 def main() -> None:
@@ -323,31 +310,28 @@ def main() -> None:
         for rung in arguments.rungs:
             measure = functools.partial(measure_run, rung, seed, arguments.scale, dataset)
             path = arguments.workdir / f"scale {arguments.scale} {rung} {seed}.json"
-            rows[rung].append(_stored(path, measure))
+            rows[rung].append(stored(path, measure))
     print(table(rows))
     if arguments.out:
         gradients = functools.partial(gradient_norms, dataset)
-        content = {
-            "what": f"the repairs of rapid at 1/{arguments.scale} of its sizes",
-            "date": datetime.date.today().isoformat(),
-            "device": device.describe(),
-            "command": f"python -m benchmarks.ablation --scale {arguments.scale}",
-            "versions": {
-                name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")
-            },
-            "gradient_norms": _stored(arguments.workdir / "gradients.json", gradients),
-            "rungs": {rung: _thinned(runs) for rung, runs in rows.items()},
-        }
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+        write_document(
+            arguments.out,
+            f"the repairs of rapid at 1/{arguments.scale} of its sizes",
+            f"python -m benchmarks.ablation --scale {arguments.scale}",
+            gradient_norms=stored(arguments.workdir / "gradients.json", gradients),
+            rungs={rung: _thinned(rung, runs) for rung, runs in rows.items()},
+        )
 
 
-def _thinned(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every step of the first seed's first 12 epochs alone: where the schedule kicks."""
+def _thinned(rung: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the figures of every step, but for what shows the kick: two rungs' first epochs."""
     kept = []
     for seed, run in enumerate(runs):
-        records = run["records"]
-        count = 12 * run["steps"] // max(int(epoch) for epoch in run["curve"]) if not seed else 0
-        kept.append({**run, "records": {name: values[:count] for name, values in records.items()}})
+        records = {}
+        if rung in _KICK and not seed:
+            count = _KICK_EPOCHS * run["steps"] // max(int(epoch) for epoch in run["curve"])
+            records = {name: values[:count] for name, values in run["records"].items()}
+        kept.append({**run, "records": records})
     return kept
 
 

@@ -9,15 +9,12 @@ for are plugged into its parts here. Finished runs are read, not repeated. The t
 
 import argparse
 import dataclasses
-import datetime
 import functools
-import importlib.metadata
-import json
 import math
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from benchmarks.figures import percent, stored, write_document
 from configs import cpu
 from jepa_jax import device, losses
 from jepa_jax.augment import two_views
@@ -261,21 +259,7 @@ def measure_run(name: str, seed: int, steps: list[int], dataset: Dataset) -> dic
     return {"steps": steps, "images": images_seen, "loss": training.loss, **accuracies}
 
 
-def _stored(path: pathlib.Path, measure: Callable[[], Any]) -> Any:
-    """What the file holds, or what `measure` gives, which it holds from then on."""
-    if not path.exists():
-        print(f"measuring {path.stem}", flush=True)
-        found = measure()
-        path.write_text(json.dumps(found))
-    return json.loads(path.read_text())
-
-
 # --- table ------------------------------------------------------------------------------------
-
-
-def _spread(values: list[float]) -> str:
-    mean = f"{100 * statistics.fmean(values):.1f}"
-    return mean if len(values) < 2 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
@@ -290,10 +274,10 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         ridge, knn = ([run[probe] for run in runs] for probe in ("ridge", "knn"))
         ratio = " and ".join(f"{statistics.median(ratios):.2f}" for ratios in row["pace"])
         gains = [run["ridge"] - other["ridge"] for run, other in zip(runs, base, strict=True)]
-        difference = "" if name == BASELINE else _spread(gains)
+        difference = "" if name == BASELINE else percent(gains)
         lines.append(
-            f"| {LEVERS[name].what} | {ratio} | {runs[0]['images']:,} | {_spread(ridge)} | "
-            f"{difference} | {_spread(knn)} |"
+            f"| {LEVERS[name].what} | {ratio} | {runs[0]['images']:,} | {percent(ridge)} | "
+            f"{difference} | {percent(knn)} |"
         )
     return "\n".join(lines)
 
@@ -316,26 +300,17 @@ def main() -> None:
     for name in names:
         measure = functools.partial(measure_pace, name, dataset)
         path = arguments.workdir / f"{name} pace.json"
-        pace = [[1.0]] if name == BASELINE else _stored(path, measure)
+        pace = [[1.0]] if name == BASELINE else stored(path, measure)
         rows[name] = {"pace": pace, "runs": []}
     for seed in range(arguments.seeds):
         for name in names:
             steps = steps_of(LEVERS[name], rows[name]["pace"], base_steps)
             measure = functools.partial(measure_run, name, seed, steps, dataset)
-            rows[name]["runs"].append(_stored(arguments.workdir / f"{name} {seed}.json", measure))
+            rows[name]["runs"].append(stored(arguments.workdir / f"{name} {seed}.json", measure))
     print(table(rows))
     if arguments.out:
-        content = {
-            "what": "changes to configs/cpu.py at equal time, on validation images",
-            "date": datetime.date.today().isoformat(),
-            "device": device.describe(),
-            "command": "python -m benchmarks.levers",
-            "versions": {
-                name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")
-            },
-            "levers": rows,
-        }
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+        what = "changes to configs/cpu.py at equal time, on validation images"
+        write_document(arguments.out, what, "python -m benchmarks.levers", levers=rows)
 
 
 if __name__ == "__main__":

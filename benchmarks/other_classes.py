@@ -9,15 +9,14 @@ images. Finished runs are read, not repeated.
 """
 
 import argparse
-import datetime
-import json
+import functools
 import pathlib
-import statistics
 from typing import Any
 
 import jax
 import numpy as np
 
+from benchmarks.figures import percent, stored, write_document
 from configs import cpu
 from jepa_jax import (
     Dataset,
@@ -108,13 +107,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: mean and standard deviation over the seeds."""
     lines = ["| features | ridge on five classes, test | over untrained |", "|---|---|---|"]
     for name, text in ROWS.items():
-        cells = [
-            f"{100 * statistics.fmean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
-            for values in (
-                [row[name] for row in rows],
-                [row[name] - row["untrained"] for row in rows],
-            )
-        ]
+        gains = [row[name] - row["untrained"] for row in rows]
+        cells = [percent([row[name] for row in rows]), percent(gains)]
         lines.append(f"| {text} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -126,26 +120,16 @@ def main() -> None:
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
     parser.add_argument("--out", type=pathlib.Path)
     arguments = parser.parse_args()
-    if arguments.seeds < 2:
-        parser.error("a spread needs --seeds of at least 2")
     device.select("auto")
     arguments.workdir.mkdir(parents=True, exist_ok=True)
     dataset, rows = load_dataset("cifar10"), []
     for seed in range(arguments.seeds):
-        path = arguments.workdir / f"seed{seed}.json"
-        if not path.exists():
-            path.write_text(json.dumps(measure_seed(seed, dataset, arguments.workdir)))
-        rows.append(json.loads(path.read_text()))
+        measure = functools.partial(measure_seed, seed, dataset, arguments.workdir)
+        rows.append(stored(arguments.workdir / f"seed{seed}.json", measure))
     print(table(rows))
     if arguments.out:
-        content = {
-            "what": "configs/cpu.py on five classes, probed on the other five",
-            "date": datetime.date.today().isoformat(),
-            "device": device.describe(),
-            "command": "python -m benchmarks.other_classes",
-            "seeds": rows,
-        }
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+        what = "configs/cpu.py on five classes, probed on the other five"
+        write_document(arguments.out, what, "python -m benchmarks.other_classes", seeds=rows)
 
 
 if __name__ == "__main__":
