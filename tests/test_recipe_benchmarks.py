@@ -95,7 +95,8 @@ def test_the_parts_of_a_lever_share_the_time_and_see_every_batch_once(plan):
 
 
 def test_a_lever_with_other_steps_keeps_the_share_of_its_warmup():
-    config = levers._config(levers.LEVERS["batch 256"], 1, {}, num_steps=39)
+    lever = levers.Lever("larger batches", {"data.batch_size": 256})
+    config = levers._config(lever, 1, {}, num_steps=39)
     assert (config.optim.epochs, config.meta.seed) == (39 / 195, 1)
     default = cpu.get_config().optim
     share = config.optim.warmup_epochs / config.optim.epochs
