@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import functools
 import pathlib
-import time
 from typing import Any
 
 import jax
@@ -51,8 +50,8 @@ RUNGS: dict[str, Overrides] = {
 # After which shares of a run, beside the last step, the ridge probe is read.
 _PROBED = (0.1, 0.2, 0.5)
 _NUM_GRADIENT_IMAGES = 256
-# What shows the schedule's kick: with it and without, in the first epochs.
-_KICK, _KICK_EPOCHS = ("+ balance of the loss", "+ a schedule per step"), 12
+# The schedules that show the kick, with rapid's weights: the reference's and ours.
+_SCHEDULES, _KICK_EPOCHS = ("late_epoch", "step"), 12
 
 
 def config_of(rung: str, *, scale: int, seed: int = 0) -> ConfigDict:
@@ -183,33 +182,49 @@ class _Judge:
         return float(accuracy(probe_logits(probe_params, h), jnp.asarray(self.val_labels)))
 
 
+class _Training:
+    """A plan under way, the tied probe beside it, and what every step recorded."""
+
+    def __init__(self, config: ConfigDict, scale: int, dataset: Dataset):
+        num_val = config.data.num_val
+        small, labels = _subset(dataset, scale, num_val)
+        config.data.num_val = num_val // scale
+        self.plan = make_plan(config, pathlib.Path(), small, None, None, None, None)
+        self.judge = _Judge(self.plan, dataset, num_val)
+        self.state = initial_state(self.plan)
+        self.tied = _tied_init(self.plan, small.num_classes)
+        self.records: dict[str, list[float]] = {name: [] for name in _RECORDED}
+        self._step = make_step(self.plan)
+        self._resident = jax.device_put((np.asarray(small.train_images), labels))
+
+    def run_epoch(self, epoch: int) -> None:
+        found = []
+        for rows in self.plan.batches_of(epoch):
+            batch = take(*self._resident, jax.device_put(rows))
+            (self.state, self.tied), metrics = self._step(
+                (self.state, self.tied), *batch, self.plan.hparams
+            )
+            found.append(metrics)
+        for metrics in jax.device_get(found):
+            for name, values in self.records.items():
+                values.append(float(f"{float(metrics[name]):.5g}"))
+
+
 def measure_run(rung: str, seed: int, scale: int, dataset: Dataset) -> dict[str, Any]:
-    """Trains a rung of the ladder; its accuracies, untrained and on the way, and every step."""
-    config = config_of(rung, scale=scale, seed=seed)
-    num_val = config.data.num_val
-    small, labels = _subset(dataset, scale, num_val)
-    config.data.num_val = num_val // scale
-    plan = make_plan(config, pathlib.Path(), small, None, None, None, None)
-    state, tied = initial_state(plan), _tied_init(plan, small.num_classes)
-    judge = _Judge(plan, dataset, num_val)
-    untrained = judge.probes(state, "ridge", "knn")
-    step, resident = make_step(plan), jax.device_put((np.asarray(small.train_images), labels))
+    """Trains a rung of the ladder; its accuracies untrained, on the way and at the last step."""
+    training = _Training(config_of(rung, scale=scale, seed=seed), scale, dataset)
+    plan, judge = training.plan, training.judge
+    untrained = judge.probes(training.state, "ridge", "knn")
     stops, curve = {round(share * plan.num_epochs) for share in _PROBED}, {}
-    records: list[Any] = []
-    began = time.perf_counter()
     for epoch in range(plan.num_epochs):
-        for rows in plan.batches_of(epoch):
-            batch = take(*resident, jax.device_put(rows))
-            (state, tied), metrics = step((state, tied), *batch, plan.hparams)
-            records.append([metrics[name] for name in _RECORDED])
-        records = jax.device_get(records)
+        training.run_epoch(epoch)
         if epoch + 1 in stops:
-            curve[epoch + 1] = judge.probes(state, "ridge")["ridge"]
-    final = judge.probes(state, "ridge", "knn")
+            curve[epoch + 1] = judge.probes(training.state, "ridge")["ridge"]
+    state, final = training.state, judge.probes(training.state, "ridge", "knn")
     curve[plan.num_epochs] = final["ridge"]
     return {
         "probes": {
-            "online as the reference": judge.online(state, tied["params"]),
+            "online as the reference": judge.online(state, training.tied["params"]),
             "online": judge.online(state, state.probe.params),
             **final,
         },
@@ -218,12 +233,18 @@ def measure_run(rung: str, seed: int, scale: int, dataset: Dataset) -> dict[str,
         "steps": plan.num_steps,
         "batch_size": plan.config.data.batch_size,
         "images_an_epoch": plan.steps_per_epoch * plan.config.data.batch_size,
-        "seconds": time.perf_counter() - began,
-        "records": {
-            name: [float(f"{float(row[n]):.5g}") for row in records]
-            for n, name in enumerate(_RECORDED)
-        },
+        "losses": [training.records["loss"][0], training.records["loss"][-1]],
     }
+
+
+def measure_kick(schedule: str, scale: int, dataset: Dataset) -> dict[str, Any]:
+    """What every step of the first epochs recorded, with all else as rapid is written."""
+    config = config_of("rapid as written", scale=scale)
+    config.optim.schedule = schedule
+    training = _Training(config, scale, dataset)
+    for epoch in range(_KICK_EPOCHS):
+        training.run_epoch(epoch)
+    return {"steps_an_epoch": training.plan.steps_per_epoch, "records": training.records}
 
 
 # --- gradients --------------------------------------------------------------------------------
@@ -313,26 +334,19 @@ def main() -> None:
             rows[rung].append(stored(path, measure))
     print(table(rows))
     if arguments.out:
-        gradients = functools.partial(gradient_norms, dataset)
+        gradients, kick = functools.partial(gradient_norms, dataset), {}
+        for schedule in _SCHEDULES:
+            measure = functools.partial(measure_kick, schedule, arguments.scale, dataset)
+            path = arguments.workdir / f"scale {arguments.scale} kick {schedule}.json"
+            kick[schedule] = stored(path, measure)
         write_document(
             arguments.out,
             f"the repairs of rapid at 1/{arguments.scale} of its sizes",
             f"python -m benchmarks.ablation --scale {arguments.scale}",
             gradient_norms=stored(arguments.workdir / "gradients.json", gradients),
-            rungs={rung: _thinned(rung, runs) for rung, runs in rows.items()},
+            kick=kick,
+            rungs=rows,
         )
-
-
-def _thinned(rung: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without the figures of every step, but for what shows the kick: two rungs' first epochs."""
-    kept = []
-    for seed, run in enumerate(runs):
-        records = {}
-        if rung in _KICK and not seed:
-            count = _KICK_EPOCHS * run["steps"] // max(int(epoch) for epoch in run["curve"])
-            records = {name: values[:count] for name, values in run["records"].items()}
-        kept.append({**run, "records": records})
-    return kept
 
 
 if __name__ == "__main__":

@@ -72,8 +72,8 @@ def draw_kick(ablation: dict[str, Any]) -> Figure:
     figure = Figure((8.6, 5.4), layout="constrained")
     rows = figure.subplots(3, 1, sharex=True)
     schedules = {
-        _RUNGS[1]: ("once an epoch, one late (the reference's)", _KICKED),
-        _RUNGS[2]: ("every step", _SMOOTH),
+        "late_epoch": ("once an epoch, one late (the reference's)", _KICKED),
+        "step": ("every step", _SMOOTH),
     }
     texts = {
         "lr": "Learning rate",
@@ -81,14 +81,14 @@ def draw_kick(ablation: dict[str, Any]) -> Figure:
         "loss": "Loss",
     }
     for axes, (name, text) in zip(rows, texts.items(), strict=True):
-        for rung, (_, colour) in schedules.items():
-            run = ablation["rungs"][rung][0]
-            epochs = max(int(epoch) for epoch in run["curve"])
+        for schedule, (_, colour) in schedules.items():
+            run = ablation["kick"][schedule]
             values = run["records"][name]
-            x = [epochs * step / run["steps"] for step in range(len(values))]
+            x = [step / run["steps_an_epoch"] for step in range(len(values))]
             axes.plot(x, values, color=colour, linewidth=1.4)
         _title(axes, text)
     rows[1].set_yscale("log")
+    rows[2].set_yscale("log")
     for place, (text, colour) in enumerate(schedules.values()):
         spot = {"transform": rows[0].transAxes, "ha": "right", "color": colour}
         rows[0].text(0.99, 0.26 - 0.16 * place, text, **spot)
