@@ -183,12 +183,6 @@ def validate(config: ConfigDict) -> None:
         )
     if config.model.stem_init == "whitening" and config.model.width % 2:
         raise ConfigError("config.model.stem_init=whitening needs an even config.model.width")
-    most, side = 2 * 3 * config.model.stem_kernel**2, config.model.stem_kernel
-    if config.model.stem_init == "whitening" and config.model.width > most:
-        raise ConfigError(
-            f"config.model.stem_init=whitening has at most {most} filters ({side}x{side} patches "
-            f"of 3 channels, both signs), config.model.width is {config.model.width}"
-        )
 
 
 def feature_dim(model: Mapping[str, Any]) -> int:

@@ -263,19 +263,30 @@ def untrained_variables(
 
 
 def whitening_stem(encoder: Encoder, config: ConfigDict, images: np.ndarray | Records) -> jax.Array:
-    """The kernel [k, k, C, width] of a whitening stem, from training images uint8 [N, H, W, C]."""
+    """The filters of a whitening stem, from training images uint8 [N, H, W, C].
+
+    Returns:
+      kernel [k, k, C, min(width, 2 * k**2 * C)]: two of each eigenvector are all there are, 54 for
+      3x3 patches of three channels.
+    """
     images = jnp.asarray(clean_images(images))
     # A patch of a smaller image holds more of it. (.get: an older run has no such key.)
     if view_size := config.data.get("view_size", 0):
         images = resize_images(images, view_size)
-    model = config.model
-    return patch_whitening_kernel(
-        encoder.normalize(images), model.width, patch_size=model.stem_kernel
-    )
+    side, width = config.model.stem_kernel, config.model.width
+    num_filters = min(width, 2 * side**2 * images.shape[-1])
+    return patch_whitening_kernel(encoder.normalize(images), num_filters, patch_size=side)
 
 
 def _whiten_stem(encoder, config, images, params) -> None:
-    params["encoder"]["stem_conv"]["kernel"] = whitening_stem(encoder, config, images)
+    """Whitening filters in place of random ones; those of a wider stem's rest stay random.
+
+    The two need not be of one size: BatchNorm brings every filter's output to the same scale.
+    """
+    stem = params["encoder"]["stem_conv"]
+    filters = whitening_stem(encoder, config, images)
+    rest = stem["kernel"][..., filters.shape[-1] :]
+    stem["kernel"] = jnp.concatenate([filters, rest], axis=-1)
 
 
 def clean_images(images: np.ndarray | Records) -> np.ndarray:

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from configs import speedrun
 from jepa_jax.benchmark import processes, suite, whole_run
 from jepa_jax.config_flags import given_config
 from jepa_jax.data.cifar10 import write_cifar10
@@ -88,13 +89,15 @@ def test_killed_and_started_again_it_measures_what_is_missing(environment, tmp_p
         assert f"### {title}" in page
     result = json.loads((folder / "suite.json").read_text())
     assert result["key"]["device"].startswith("CPU (")
-    absent = {"no configs/speedrun.py here", "PyTorch is not installed"}
-    assert set(result["not_measured"].values()) <= absent
+    assert set(result["not_measured"].values()) <= {"PyTorch is not installed"}
     for name in result["not_measured"]:
-        assert name == "ladder" or name.startswith("peer-")
+        assert name.startswith("peer-")
     rapid = result["pieces"]["rapid"]
     assert rapid["epochs"] == 2 and rapid["first_step_to_last_probe_seconds"] > 0
     assert rapid["accuracy"]["val_online_probe_acc"] > 0
+    rung = result["pieces"]["ladder-55"]
+    assert rung["epochs"] == 2 and rung["config"]["optim.name"] == "muon"
+    assert rung["clock_seconds"] > 0 and rung["compile_seconds"] > 0
     assert result["pieces"]["profile"]["files"]
 
 
@@ -246,23 +249,117 @@ def test_without_pytorch_in_its_python_the_peer_is_absent(quiet, monkeypatch):
     assert absent == {"PyTorch is not installed"} and asked == [sys.executable]
 
 
-def test_the_ladder_in_miniature_is_small_too(quiet, tmp_path, monkeypatch):
+# --- the ladder -------------------------------------------------------------------------------
+
+
+def rung(whole, length="55"):
+    (piece,) = (piece for piece in whole.pieces() if piece.name == f"ladder-{length}")
+    return piece
+
+
+def test_a_rung_is_a_length_of_the_speedrun_and_nothing_of_the_suites_own_config(quiet):
     make, calls = quiet
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "speedrun.py").touch()
-    monkeypatch.setattr(suite, "ROOT", tmp_path)
-    whole = make()
-    (piece,) = (piece for piece in whole.pieces() if piece.name == "ladder")
+    whole = make("--config.optim.momentum=0.5")
     with pytest.raises(processes.MeasurementError):
-        piece.measure()
+        rung(whole).measure()
     flags, _ = calls[-1]
-    assert flags[0] == f"--config={tmp_path / 'configs' / 'speedrun.py'}"
-    assert "--config.optim.epochs=2" in flags and "--config.model.width=4" in flags
+    assert flags[0] == f"--config={ROOT / 'configs' / 'speedrun.py'}:55"
+    assert not any("momentum" in flag for flag in flags)
+    # In miniature it is small too.
+    assert "--config.optim.epochs=2.0" in flags and "--config.model.width=4" in flags
+
+
+def test_rapid_saves_every_epoch_and_a_rung_as_its_config_says(quiet, monkeypatch):
+    make, saves = quiet[0], {}
+
+    def run(flags, folder, seconds):
+        saves[flags[0].split("/")[-1]] = [flag for flag in flags if "save_every" in flag]
+        return {"done": True}
+
+    monkeypatch.setattr(suite.whole_run, "run_in_full", run)
+    make().measure()
+    assert saves == {"rapid.py": ["--config.logging.save_every=1"], "speedrun.py:55": []}
+
+
+def test_the_rungs_are_the_lengths_of_the_config():
+    assert list(suite._LADDER) == list(speedrun.EPOCHS)
+    assert suite._Size().rungs == tuple(speedrun.EPOCHS)
+
+
+def test_a_rung_counts_while_its_config_is_the_same(quiet, tmp_path, monkeypatch):
+    make, _ = quiet
+    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    path = tmp_path / "configs" / "speedrun.py"
+    path.parent.mkdir()
+    source = pathlib.Path(speedrun.__file__).read_text()
+    path.write_text(source)
+    folders = []
+
+    def run(flags, folder, seconds):
+        folders.append(folder)
+        return {"done": True}
+
+    monkeypatch.setattr(suite.whole_run, "run_in_full", run)
+    whole = make()
+    assert whole.measure() and whole._current(rung(whole))["done"]
+    changed = source.replace("config.optim.lr = ", "config.optim.weight_decay = 0.5 * ")
+    assert changed != source
+    path.write_text(changed)
+    again = make()
+    assert again._current(rung(again)) is None
+    # Nor does the new one go on where the old one stopped.
+    before = folders.copy()
+    rung(again).measure()
+    assert folders[-1] not in before
+    path.unlink()
+    assert rung(make()).absent == "no configs/speedrun.py here"
+
+
+def test_the_table_of_the_ladder_marks_what_was_not_measured():
+    figures = {
+        "clock_seconds": 61.2,
+        "compile_seconds": 33.0,
+        "images_per_second": 45_678.9,
+        "command_to_first_step_seconds": [12.0, 8.0],
+        "accuracy": {
+            "ridge_probe_acc": 0.8012,
+            "val_ridge_probe_acc": 0.8123,
+            "val_online_probe_acc": 0.7788,
+        },
+    }
+    pieces = {"ladder-80": figures, "ladder-92": None}
+    reasons = {"ladder-80": "not yet", "ladder-92": "it does not fit"}
+    table = suite._ladder_table(("80", "92"), pieces, reasons)
+    measured, missing = (dict(zip(table.header, row, strict=True)) for row in table.rows)
+    assert measured == {
+        "rung": "80 %",
+        "par, s": "60",
+        "goal, s": "15",
+        "on the clock, s": "61.2",
+        "compile, s": "33",
+        "ridge, test": "80.1 %",
+        "ridge, val": "81.2 %",
+        "online, val": "77.9 %",
+        "images/s": "45,679",
+        "processes": "2",
+    }
+    assert list(missing.values()) == ["92 %", "1,380", "480", *["not measured"] * 7]
+    assert "92 %: it does not fit." in table.note and "80 %:" not in table.note
+
+
+# --- whole runs -------------------------------------------------------------------------------
 
 
 def test_a_whole_run_is_stopped_in_time_and_goes_on(tmp_path, monkeypatch):
     summary = {
-        "seconds": {"training": 3.0, "online evaluation": 1.0, "watch": 0.5, "setup": 9.0},
+        "seconds": {
+            "compile": 7.0,
+            "training": 3.0,
+            "online evaluation": 1.0,
+            "watch": 0.5,
+            "setup": 9.0,
+        },
+        "clock_seconds": 3.5,
         "epochs": 2,
         "steps": 8,
         "images_per_second": 100.0,
@@ -270,6 +367,7 @@ def test_a_whole_run_is_stopped_in_time_and_goes_on(tmp_path, monkeypatch):
         "online_probe_acc": 0.5,
         "val_online_probe_acc": 0.6,
         "ridge_probe_acc": 0.7,
+        "val_ridge_probe_acc": 0.8,
     }
     # At the launch's clock, saved step, and how the process ended.
     stretches = [(12.5, 4, (128 + signal.SIGTERM, True)), (7.5, 8, (0, False))]
@@ -281,13 +379,6 @@ def test_a_whole_run_is_stopped_in_time_and_goes_on(tmp_path, monkeypatch):
         (tmp_path / "run" / "checkpoints" / str(step)).mkdir(parents=True)
         if not ending[0]:
             write_json(tmp_path / "run" / "summary.json", summary)
-            rows = [(0.3, 1.0), (0.56, 2.0), (0.6, 3.0)]
-            (tmp_path / "run" / "metrics.jsonl").write_text(
-                "".join(
-                    json.dumps({"val/online_probe_acc": acc, "train_seconds": seconds}) + "\n"
-                    for acc, seconds in rows
-                )
-            )
         return processes.Ending(*ending)
 
     monkeypatch.setattr(whole_run, "watch", watch)
@@ -297,8 +388,8 @@ def test_a_whole_run_is_stopped_in_time_and_goes_on(tmp_path, monkeypatch):
     assert result["first_step_to_last_probe_seconds"] == 4.5
     # From the launch of the process, not from where its own clock starts.
     assert result["command_to_first_step_seconds"] == [12.5, 7.5]
-    assert result["seconds_to_accuracy"]["0.55"] == 2.0
-    assert result["seconds_to_accuracy"]["0.7"] is None
+    assert result["clock_seconds"] == 3.5 and result["compile_seconds"] == 7.0
+    assert result["accuracy"] == {name: summary[name] for name in summary if "probe" in name}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 import jepa_jax
 from jepa_jax import checkpoint, device, plan, runner, train
 from jepa_jax.augment import resized_crop, to_float
+from jepa_jax.config import create_encoder, validate
 from jepa_jax.data import from_arrays
 from jepa_jax.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from jepa_jax.metrics import read_metrics
@@ -489,6 +490,23 @@ def test_the_whitening_stem_is_part_of_the_untrained_network(run, monkeypatch):
     config, images = plans[0].config, plans[0].dataset.train_images
     again = plan.untrained_variables(plans[0].encoder, config, images)
     jax.tree.map(np.testing.assert_array_equal, again["params"], state.params)
+
+
+def test_a_stem_with_more_filters_than_eigenvectors_keeps_random_ones(tiny_config, small_cifar):
+    kernels = {}
+    for stem_init in ("whitening", "random"):
+        config = tiny_config.copy_and_resolve_references()
+        config.model.update(width=56, stage_sizes=(1,), stem_init=stem_init)
+        validate(config)
+        encoder = create_encoder(config)
+        variables = plan.untrained_variables(encoder, config, small_cifar.train_images)
+        kernels[stem_init] = np.asarray(variables["params"]["encoder"]["stem_conv"]["kernel"])
+    # Each of the 3 * 3 * 3 eigenvectors with both signs.
+    first = kernels["whitening"][..., :27]
+    np.testing.assert_array_equal(kernels["whitening"][..., 27:54], -first)
+    directions = first.reshape(27, 27) / np.linalg.norm(first.reshape(27, 27), axis=0)
+    np.testing.assert_allclose(directions.T @ directions, np.eye(27), atol=1e-5)
+    np.testing.assert_array_equal(kernels["whitening"][..., 54:], kernels["random"][..., 54:])
 
 
 def test_views_of_another_size_are_what_training_and_its_online_probe_see(run, monkeypatch):

@@ -29,6 +29,8 @@ from jepa_jax.progress import duration, say
 _MOST_SECONDS = 460.0
 # A whole run is cut into stretches: the shortest that is worth its start, and what a stop needs.
 _LEAST_STRETCH, _SECONDS_TO_SAVE = 150.0, 40.0
+# The lengths of configs/speedrun.py, and the seconds that are asked of them on one H200: par, goal.
+_LADDER = {"55": (5.0, 1.5), "80": (60.0, 15.0), "90": (420.0, 120.0), "92": (1380.0, 480.0)}
 _MINIATURE = {
     "data.batch_size": 100,
     "data.num_val": 80,
@@ -52,6 +54,7 @@ class _Size:
     num_images: int = NUM_IMAGES
     batch_sizes: tuple[int, ...] = sweep.BATCH_SIZES
     dims: tuple[int, ...] = sweep.DIMS
+    rungs: tuple[str, ...] = tuple(_LADDER)
     cold_repeats: int = 3
     warm_repeats: int = 5
     repeats: int = 5
@@ -65,6 +68,7 @@ _SMALL = _Size(
     num_images=400,
     batch_sizes=(20, 100),
     dims=(16,),
+    rungs=("55",),
     cold_repeats=1,
     warm_repeats=1,
     repeats=2,
@@ -139,7 +143,8 @@ class Suite:
         size = self.size
         images = f"--images={size.num_images}"
         repeats = f"--repeats={size.repeats}"
-        of_run = functools.partial(self._in_full, "rapid", self.given.flags())
+        saving = {"logging.save_every": 1}  # what is asked for: a checkpoint every epoch
+        of_run = functools.partial(self._in_full, "rapid", self.given.flags(**saving))
         return [
             _Piece("rates", 90.0, functools.partial(self._run, "--measure-rates", *self._small)),
             _Piece("step", 180.0, functools.partial(self._run, "--measure-step", images, repeats)),
@@ -155,7 +160,7 @@ class Suite:
                 )
                 for kind, value in sweep.points(size.batch_sizes, size.dims)
             ),
-            self._ladder_piece(),
+            *map(self._rung, size.rungs),
             _Piece("profile", 180.0, self._profile),
             *self._peer_pieces(),
         ]
@@ -190,26 +195,42 @@ class Suite:
             timeout=self._seconds_left(),
         )
 
-    def _run_folder(self, name: str) -> pathlib.Path:
-        """Of this config, these versions and this device: no other run goes on in it."""
-        key = json.dumps(self._key, sort_keys=True).encode()
+    def _run_folder(self, name: str, **of_run: Any) -> pathlib.Path:
+        """Of this config, these versions and this device: no other run goes on in it.
+
+        Args:
+          name: of the piece.
+          of_run: what a run decides beside them.
+        """
+        key = json.dumps({**self._key, **of_run}, sort_keys=True).encode()
         return self.folder / f"{name}-{zlib.crc32(key):08x}"
 
-    def _in_full(self, name: str, flags: list[str]) -> dict[str, Any]:
+    def _in_full(self, name: str, flags: list[str], **of_run: Any) -> dict[str, Any]:
         seconds = self._seconds_left() - _SECONDS_TO_SAVE
-        return whole_run.run_in_full(flags, self._run_folder(name), seconds)
+        return whole_run.run_in_full(flags, self._run_folder(name, **of_run), seconds)
 
     def _profile(self) -> dict[str, Any]:
         seconds = self._seconds_left() - _SECONDS_TO_SAVE
         return whole_run.run_profile(self.given.flags(), self._run_folder("profile"), seconds)
 
-    def _ladder_piece(self) -> _Piece:
-        path = ROOT / "configs" / "speedrun.py"
-        changes = _MINIATURE if self.is_miniature else {}
-        flags = dataclasses.replace(self.given, path=str(path), overrides={}).flags(**changes)
-        absent = "" if path.is_file() else "no configs/speedrun.py here"
-        work = functools.partial(self._in_full, "ladder", flags)
-        return _Piece("ladder", _LEAST_STRETCH, work, absent)
+    def _rung(self, length: str) -> _Piece:
+        """A length of configs/speedrun.py in full, without the flags of the suite's own config."""
+        name, path = f"ladder-{length}", ROOT / "configs" / "speedrun.py"
+        if not path.is_file():
+            return _Piece(name, _LEAST_STRETCH, dict, "no configs/speedrun.py here")
+        given = given_config([f"--config={path}:{length}"])
+        if self.is_miniature:
+            given = given_config(given.flags(**_MINIATURE))
+        config = _plain(flatten(given.config.to_dict()))
+
+        def work() -> dict[str, Any]:
+            figures = self._in_full(name, given.flags(), config=config)
+            return {"config": config, **figures}
+
+        # The suite's key says nothing of this file.
+        return _Piece(
+            name, _LEAST_STRETCH, work, is_current=lambda figures: figures.get("config") == config
+        )
 
     def _peer_pieces(self) -> list[_Piece]:
         absent = self._peer_absent
@@ -351,7 +372,7 @@ class Suite:
             measure.startup_table(pieces["startup"] or {"error": reasons["startup"]}),
             _run_table(f"{self.given.name} in full", pieces["rapid"], reasons["rapid"]),
             *sweep.sweep_tables(rows, rates and rates["rates"]["matmul"]),
-            _ladder_table(pieces["ladder"], reasons["ladder"]),
+            _ladder_table(self.size.rungs, pieces, reasons),
             _profile_table(pieces["profile"], reasons["profile"]),
             *self._peer_tables(pieces, reasons),
         ]
@@ -438,14 +459,31 @@ def _run_table(title: str, run: dict[str, Any] | None, reason: str) -> Table:
     return Table(title, ("", "figure"), rows, "One run, with a probe and a checkpoint every epoch.")
 
 
-def _ladder_table(run: dict[str, Any] | None, reason: str) -> Table:
-    if run is None:
-        return _missing("The recipe ladder", reason)
-    rows = [
-        [f"{float(rung):.0%} on validation images, s of steps", number(seconds)]
-        for rung, seconds in run["seconds_to_accuracy"].items()
-    ]
-    return Table("The recipe ladder", ("", "figure"), rows, "One run.")
+def _ladder_table(rungs: tuple[str, ...], pieces: dict[str, Any], reasons: dict[str, str]) -> Table:
+    """The judged figure is ridge on test images; the clock is that of summary.json."""
+    judged = ("ridge, test", "ridge, val", "online, val")
+    header = ("rung", "par, s", "goal, s", "on the clock, s", "compile, s", *judged)
+    header = (*header, "images/s", "processes")
+    rows, notes = [], ["One run a rung, at its last step. Par and goal are those of one H200."]
+    for rung in rungs:
+        figures = pieces[f"ladder-{rung}"]
+        given = [f"{rung} %", *map(number, _LADDER[rung])]
+        if not figures:
+            rows.append([*given, *[NOT_MEASURED] * (len(header) - len(given))])
+            notes.append(f"{rung} %: {reasons[f'ladder-{rung}']}.")
+            continue
+        seconds = (figures["clock_seconds"], figures["compile_seconds"])
+        names = ("ridge_probe_acc", "val_ridge_probe_acc", "val_online_probe_acc")
+        rows.append(
+            [
+                *given,
+                *map(number, seconds),
+                *(percent(figures["accuracy"][name]) for name in names),
+                number(figures["images_per_second"]),
+                str(len(figures["command_to_first_step_seconds"])),
+            ]
+        )
+    return Table("The recipe ladder", header, rows, " ".join(notes))
 
 
 def _profile_table(profile: dict[str, Any] | None, reason: str) -> Table:
