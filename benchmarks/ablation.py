@@ -197,6 +197,12 @@ class _Training:
         self._step = make_step(self.plan)
         self._resident = jax.device_put((np.asarray(small.train_images), labels))
 
+    @property
+    def diverged_at(self) -> int | None:
+        """The first step whose loss was not finite."""
+        finite = np.isfinite(self.records["loss"])
+        return None if finite.all() else int(np.argmin(finite))
+
     def run_epoch(self, epoch: int) -> None:
         found = []
         for rows in self.plan.batches_of(epoch):
@@ -211,23 +217,32 @@ class _Training:
 
 
 def measure_run(rung: str, seed: int, scale: int, dataset: Dataset) -> dict[str, Any]:
-    """Trains a rung of the ladder; its accuracies untrained, on the way and at the last step."""
+    """Trains a rung of the ladder; accuracies untrained, on the way and, unless it diverged, last.
+
+    One that did has no "probes", and the step in "diverged_at".
+    """
     training = _Training(config_of(rung, scale=scale, seed=seed), scale, dataset)
     plan, judge = training.plan, training.judge
     untrained = judge.probes(training.state, "ridge", "knn")
     stops, curve = {round(share * plan.num_epochs) for share in _PROBED}, {}
     for epoch in range(plan.num_epochs):
         training.run_epoch(epoch)
+        if training.diverged_at is not None:
+            break
         if epoch + 1 in stops:
             curve[epoch + 1] = judge.probes(training.state, "ridge")["ridge"]
-    state, final = training.state, judge.probes(training.state, "ridge", "knn")
-    curve[plan.num_epochs] = final["ridge"]
-    return {
-        "probes": {
+    probes = None
+    if training.diverged_at is None:
+        state, final = training.state, judge.probes(training.state, "ridge", "knn")
+        curve[plan.num_epochs] = final["ridge"]
+        probes = {
             "online as the reference": judge.online(state, training.tied["params"]),
             "online": judge.online(state, state.probe.params),
             **final,
-        },
+        }
+    return {
+        "probes": probes,
+        "diverged_at": training.diverged_at,
         "untrained": untrained,
         "curve": curve,
         "steps": plan.num_steps,
@@ -302,15 +317,20 @@ _COLUMNS = {
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     """Markdown: a row per rung, a column per probe, in percent on validation images."""
     lines = [
-        f"| recipe | steps | {' | '.join(_COLUMNS.values())} |",
-        "|---" * (2 + len(_COLUMNS)) + "|",
+        f"| recipe | steps | {' | '.join(_COLUMNS.values())} | seeds |",
+        "|---" * (3 + len(_COLUMNS)) + "|",
     ]
     for rung, runs in rows.items():
-        cells = [percent([run["probes"][name] for run in runs]) for name in _COLUMNS]
-        lines.append(f"| {rung} | {runs[0]['steps']:,} | {' | '.join(cells)} |")
-    untrained = [run["untrained"] for runs in rows.values() for run in runs]
+        ended = [run["probes"] for run in runs if run["probes"]]
+        cells = [percent([probes[name] for probes in ended]) if ended else "" for name in _COLUMNS]
+        seeds = str(len(runs))
+        if len(ended) < len(runs):
+            steps = " and ".join(str(run["diverged_at"]) for run in runs if not run["probes"])
+            seeds += f", {len(runs) - len(ended)} diverged at step {steps}"
+        lines.append(f"| {rung} | {runs[0]['steps']:,} | {' | '.join(cells)} | {seeds} |")
+    untrained = [runs["untrained"] for runs in next(iter(rows.values()))]
     cells = [percent([values[probe] for values in untrained]) for probe in ("ridge", "knn")]
-    lines.append(f"| untrained | 0 | | | {' | '.join(cells)} |")
+    lines.append(f"| untrained | 0 | | | {' | '.join(cells)} | {len(untrained)} |")
     return "\n".join(lines)
 
 

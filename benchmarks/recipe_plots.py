@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from jepa_jax.report.theme import LIGHT
 
@@ -29,15 +30,20 @@ def _title(axes: Axes, text: str) -> None:
     axes.set_title(text, loc="left", color=LIGHT.text, pad=10)
 
 
+def _log_scale(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
 def _percent(runs: Sequence[dict[str, Any]], probe: str) -> tuple[float, float]:
-    values = [100 * run["probes"][probe] for run in runs]
+    values = [100 * run["probes"][probe] for run in runs if run["probes"]]
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def draw_balance(ablation: dict[str, Any]) -> Figure:
     """Gradients of the terms on the encoder, and what balancing them brings."""
     figure = Figure((8.6, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    left, right = figure.subplots(1, 2, width_ratios=(4, 3))
     norms = ablation["gradient_norms"]
     texts = {"rapid": "rapid's weights\n1 : 25 : 1", "balanced": "balanced\n1 : 1 : 164"}
     for group, of_terms in enumerate(norms.values()):
@@ -46,12 +52,12 @@ def draw_balance(ablation: dict[str, Any]) -> Figure:
             left.bar(x, norm, 0.24, color=LIGHT.terms[_TERMS[term]])
             where = {"ha": "center", "va": "bottom", "fontsize": 8.5}
             left.text(x, 1.08 * norm, f"{term}\n{norm:.2g}", color=LIGHT.text, **where)
-    left.set_yscale("log")
+    _log_scale(left)
     values = [norm for of_terms in norms.values() for norm in of_terms.values()]
     left.set_ylim(min(values) / 3, max(values) * 5)
     left.set_xticks(range(len(norms)), [texts[kind] for kind in norms])
     left.tick_params(axis="x", length=0)
-    _title(left, "Norm of each weighted term's gradient on the encoder, at the start")
+    _title(left, "Gradient of each weighted term on the encoder")
 
     for place, probe in enumerate(("ridge", "knn")):
         for group, rung in enumerate(_RUNGS[:2]):
@@ -59,8 +65,9 @@ def draw_balance(ablation: dict[str, Any]) -> Figure:
             x, colour = place + 0.36 * (group - 0.5), (_KICKED, _SMOOTH)[group]
             right.bar(x, mean, 0.32, color=colour, yerr=spread, ecolor=LIGHT.text)
             right.text(x, mean + spread + 0.6, f"{mean:.1f}", ha="center", color=LIGHT.text)
-            if not place:
-                right.text(x, 1.0, ("rapid's", "balanced")[group], ha="center", color="#ffffff")
+            name = ("rapid's weights", "balanced")[group]
+            spot = {"ha": "center", "va": "bottom", "rotation": 90, "color": "#ffffff"}
+            right.text(x, 1.5, name, **spot)
     right.set_xticks(range(2), ("ridge", "20 nearest neighbours"))
     right.tick_params(axis="x", length=0)
     _title(right, "Accuracy on validation images, %")
@@ -77,7 +84,7 @@ def draw_kick(ablation: dict[str, Any]) -> Figure:
     }
     texts = {
         "lr": "Learning rate",
-        "most_moved": "Most that a layer's weights moved in one step, share of their norm",
+        "most_moved": "Most that a layer moved in one step, as a share of the norm of its weights",
         "loss": "Loss",
     }
     for axes, (name, text) in zip(rows, texts.items(), strict=True):
@@ -87,8 +94,8 @@ def draw_kick(ablation: dict[str, Any]) -> Figure:
             x = [step / run["steps_an_epoch"] for step in range(len(values))]
             axes.plot(x, values, color=colour, linewidth=1.4)
         _title(axes, text)
-    rows[1].set_yscale("log")
-    rows[2].set_yscale("log")
+    _log_scale(rows[1])
+    _log_scale(rows[2])
     for place, (text, colour) in enumerate(schedules.values()):
         spot = {"transform": rows[0].transAxes, "ha": "right", "color": colour}
         rows[0].text(0.99, 0.26 - 0.16 * place, text, **spot)
@@ -116,7 +123,7 @@ def draw_batches(ablation: dict[str, Any]) -> Figure:
     untrained = [100 * run["untrained"]["ridge"] for run in ablation["rungs"][_RUNGS[3]]]
     floor = statistics.fmean(untrained)
     axes.axhline(floor, color=LIGHT.muted, linewidth=1, linestyle=(0, (4, 3)))
-    axes.text(images[-1], floor, "  untrained", color=LIGHT.muted, va="center")
+    axes.text(images[-1], floor + 0.5, "untrained", color=LIGHT.muted, va="bottom")
     axes.set_xlim(0, 1.34 * images[-1])
     axes.set_xticks([tick for tick in axes.get_xticks() if tick <= images[-1]])
     axes.set_xlabel("thousand images seen")
