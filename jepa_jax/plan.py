@@ -114,6 +114,18 @@ class Plan:
             return apply
         return jax.jit(lambda variables, images: apply(variables, resize_images(images, size)))
 
+    @functools.cached_property
+    def create_state(self) -> Callable[[HParams], TrainState]:
+        """Draws the first parameters and what goes with them; compiled once."""
+        create = functools.partial(
+            create_train_state,
+            self.encoder.model,
+            image_shape=self.dataset.image_shape,
+            num_classes=self.dataset.num_classes if self.has_labels else 0,
+            optimizer=self.config.optim.name,
+        )
+        return jax.jit(create)
+
     def steps_of(self, epoch: int) -> int:
         """Of epoch number `epoch`, from 0."""
         return min(self.steps_per_epoch, self.num_steps - epoch * self.steps_per_epoch)
@@ -224,14 +236,7 @@ def make_plan(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from)
 
 def initial_state(plan: Plan) -> TrainState:
     """The untrained state: a function of the seed and, for a whitening stem, of the images."""
-    create = functools.partial(
-        create_train_state,
-        plan.encoder.model,
-        image_shape=plan.dataset.image_shape,
-        num_classes=plan.dataset.num_classes if plan.has_labels else 0,
-        optimizer=plan.config.optim.name,
-    )
-    state = jax.jit(create)(plan.hparams)
+    state = plan.create_state(plan.hparams)
     if plan.config.model.stem_init == "whitening" and "encoder" not in plan.custom:
         _whiten_stem(plan.encoder, plan.config, plan.dataset.train_images, state.params)
     return state

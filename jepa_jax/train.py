@@ -250,11 +250,14 @@ def _evaluate_final(plan, state, untrained, progress, session, phases) -> dict[s
     say("evaluating the last step and the same network untrained by ridge probe ...")
     summary: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
     images = clean_images(plan.dataset.train_images)
+    with phases("final evaluation"):
+        # First, because it compiles, and the trained network's is on the run's clock.
+        untrained = reestimate_batch_stats(plan.encoder, jax.device_put(untrained), images)
+        jax.block_until_ready(untrained)
     with phases("re-estimation"):
         trained = reestimate_batch_stats(plan.encoder, _variables(state), images)
         jax.block_until_ready(trained)
     with phases("final evaluation"):
-        untrained = reestimate_batch_stats(plan.encoder, jax.device_put(untrained), images)
         checkpoint.save_tree(plan.workdir / "encoder", trained)
         evaluation = evaluate_representation(
             plan.encoder.apply,
@@ -529,6 +532,9 @@ def train_and_evaluate(
     with contextlib.closing(checkpoint.Checkpoints(workdir)) as checkpoints:
         with phases("setup"):
             claim_workdir(plan, checkpoints.latest_step() is not None)
+        with phases("compile"):
+            # Thrown away: the next phase is on the run's clock, and compiling is not.
+            jax.block_until_ready(initial_state(plan))
         with phases("initial state"):
             state = jax.block_until_ready(initial_state(plan))
         with phases("setup"):

@@ -43,6 +43,7 @@ def some_hparams(**changes):
         "std_coeff": 2.5,
         "cov_coeff": 3.5,
         "probe_lr": 0.01,
+        "late_epoch_steps": 0,
     }
     numbers = {name: np.float32(value) for name, value in {**numbers, **changes}.items()}
     return HParams(seed=np.uint32(numbers.pop("seed", 7)), **numbers)

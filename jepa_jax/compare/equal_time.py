@@ -31,7 +31,7 @@ def step_arguments() -> set[str]:
     fields = {field.name for field in dataclasses.fields(HParams)}
     sections = ("meta", "loss", "optim")
     keys = {f"{section}.{name}" for section in sections for name in fields}
-    return {"optim.warmup_epochs", *(keys & set(known_keys()))}
+    return {"optim.warmup_epochs", "optim.schedule", *(keys & set(known_keys()))}
 
 
 def differing_keys(a: ConfigDict, b: ConfigDict) -> dict[str, list[Any]]:
