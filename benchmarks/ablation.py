@@ -9,7 +9,6 @@ own online probe, which sits inside the encoder's optimiser and schedule, is tra
 the same features. Finished runs are read, not repeated. The test set is not read.
 """
 
-import argparse
 import dataclasses
 import functools
 import pathlib
@@ -21,15 +20,21 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from benchmarks.figures import percent, stored, write_document
+from benchmarks.figures import (
+    parse,
+    parser,
+    percent,
+    stored,
+    training_images,
+    write_document,
+)
 from configs import rapid, rapid_fixed
-from jepa_jax import device
 from jepa_jax.data import Dataset, take
 from jepa_jax.evaluation import evaluate_representation
 from jepa_jax.losses import paper_cov_coeff
 from jepa_jax.models import normalize
 from jepa_jax.optim import create_optimizer
-from jepa_jax.plan import Plan, clean_images, initial_state, load_fitting, make_plan
+from jepa_jax.plan import Plan, clean_images, initial_state, make_plan
 from jepa_jax.probes import accuracy
 from jepa_jax.representation import extract_features, reestimate_batch_stats, split_validation
 from jepa_jax.train import train_step_of
@@ -79,14 +84,8 @@ def _subset(dataset: Dataset, scale: int, num_val: int) -> tuple[Dataset, np.nda
     """Every `scale`-th image, and its labels, -1 for those that validation reads."""
     labels = np.array(dataset.train_labels, np.int32)
     labels[split_validation(dataset, num_val)[1]] = -1
-    images = dataset.train_images[::scale]
-    small = dataclasses.replace(
-        dataset,
-        train_images=images,
-        train_labels=dataset.train_labels[::scale],
-        test_images=None,
-        test_labels=None,
-    )
+    images, classes = dataset.train_images[::scale], dataset.train_labels[::scale]
+    small = dataclasses.replace(dataset, train_images=images, train_labels=classes)
     return small, labels[::scale]
 
 
@@ -157,11 +156,10 @@ _RECORDED = ("loss", "invariance_loss", "var_loss", "cov_loss", "lr", "grad_norm
 
 
 class _Judge:
-    """Probes of a run on the images that all 50,000 labels are for."""
+    """Probes of a run, fitted and read on all images of the dataset, however few it trained on."""
 
     def __init__(self, plan: Plan, dataset: Dataset, num_val: int):
-        self.plan, self.num_val = plan, num_val
-        self.dataset = dataclasses.replace(dataset, test_images=None, test_labels=None)
+        self.plan, self.dataset, self.num_val = plan, dataset, num_val
         val = split_validation(dataset, num_val)[1]
         self.val_images, self.val_labels = dataset.train_images[val], dataset.train_labels[val]
         self.clean = clean_images(plan.dataset.train_images)
@@ -204,6 +202,7 @@ class _Training:
         return None if finite.all() else int(np.argmin(finite))
 
     def run_epoch(self, epoch: int) -> None:
+        """All its steps; their metrics are fetched when it is over."""
         found = []
         for rows in self.plan.batches_of(epoch):
             batch = take(*self._resident, jax.device_put(rows))
@@ -266,14 +265,13 @@ def measure_kick(schedule: str, scale: int, dataset: Dataset) -> dict[str, Any]:
 
 
 def gradient_norms(dataset: Dataset) -> dict[str, dict[str, float]]:
-    """Norms of the gradients on rapid's encoder at its start, by term, unweighted and weighted.
+    """Norms of every weighted term's gradient on rapid's encoder at its start, by both weightings.
 
     ResNet-18 and a projector 4096-4096 in float32, one batch of 256 images.
     """
     config = config_of("rapid as written", scale=1)
     config.training.use_amp = False
     config.data.batch_size = _NUM_GRADIENT_IMAGES
-    dataset = dataclasses.replace(dataset, test_images=None, test_labels=None)
     plan = make_plan(config, pathlib.Path(), dataset, None, None, None, None)
     state = initial_state(plan)
     images = jnp.asarray(dataset.train_images[:_NUM_GRADIENT_IMAGES])
@@ -305,7 +303,6 @@ def gradient_norms(dataset: Dataset) -> dict[str, dict[str, float]]:
 
 # --- table ------------------------------------------------------------------------------------
 
-
 _COLUMNS = {
     "online as the reference": "online probe in LARS",
     "online": "online probe, own Adam",
@@ -336,19 +333,12 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
 
 def main() -> None:
     """Runs what is missing, prints the table and writes the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scale", type=int, default=8, help="sizes are divided by it; 1: rapid")
-    parser.add_argument("--rungs", nargs="+", default=list(RUNGS), choices=list(RUNGS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workdir", type=pathlib.Path, required=True)
-    parser.add_argument("--out", type=pathlib.Path)
-    arguments = parser.parse_args()
-    device.select("auto")
-    arguments.workdir.mkdir(parents=True, exist_ok=True)
-    dataset = load_fitting("cifar10", placement="device")
-    rows: dict[str, list[dict[str, Any]]] = {rung: [] for rung in arguments.rungs}
+    command = parser(__doc__)
+    command.add_argument("--scale", type=int, default=8, help="sizes are divided by it; 1: rapid")
+    arguments, dataset = parse(command), training_images()
+    rows: dict[str, list[dict[str, Any]]] = {rung: [] for rung in RUNGS}
     for seed in range(arguments.seeds):
-        for rung in arguments.rungs:
+        for rung in RUNGS:
             measure = functools.partial(measure_run, rung, seed, arguments.scale, dataset)
             path = arguments.workdir / f"scale {arguments.scale} {rung} {seed}.json"
             rows[rung].append(stored(path, measure))

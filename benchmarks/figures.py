@@ -1,5 +1,7 @@
-"""What the benchmarks of docs/recipe.md share: figures on the disk, and in a table."""
+"""What the benchmarks of docs/recipe.md share: their command, and figures on the disk."""
 
+import argparse
+import dataclasses
 import datetime
 import importlib.metadata
 import pathlib
@@ -8,7 +10,32 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jepa_jax import device
+from jepa_jax.data import Dataset
 from jepa_jax.metrics import read_json, write_json
+from jepa_jax.plan import load_fitting
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Of --workdir, where finished runs are kept, --seeds and --out."""
+    made = argparse.ArgumentParser(description=description.splitlines()[0])
+    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--workdir", type=pathlib.Path, required=True)
+    made.add_argument("--out", type=pathlib.Path)
+    return made
+
+
+def parse(made: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, with a device chosen and the folder there."""
+    arguments = made.parse_args()
+    device.select("auto")
+    arguments.workdir.mkdir(parents=True, exist_ok=True)
+    return arguments
+
+
+def training_images() -> Dataset:
+    """CIFAR-10 without its test images: what is not there is not read."""
+    dataset = load_fitting("cifar10", placement="device")
+    return dataclasses.replace(dataset, test_images=None, test_labels=None)
 
 
 def stored(path: pathlib.Path, measure: Callable[[], Any]) -> Any:

@@ -7,7 +7,6 @@ turns, on an otherwise idle machine; after that only steps count. Levers that th
 for are plugged into its parts here. Finished runs are read, not repeated. The test set is not read.
 """
 
-import argparse
 import dataclasses
 import functools
 import math
@@ -22,18 +21,26 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks.figures import percent, stored, write_document
+from benchmarks.figures import (
+    parse,
+    parser,
+    percent,
+    stored,
+    training_images,
+    write_document,
+)
 from configs import cpu
-from jepa_jax import device, losses
+from jepa_jax import losses
 from jepa_jax.augment import two_views
+from jepa_jax.compare.equal_time import with_epochs
 from jepa_jax.data import Dataset
 from jepa_jax.evaluation import evaluate_representation
-from jepa_jax.plan import Plan, clean_images, initial_state, load_fitting, make_plan
+from jepa_jax.plan import Plan, clean_images, initial_state, make_plan
 from jepa_jax.representation import reestimate_batch_stats
 from jepa_jax.train import make_runner
 from jepa_jax.train_step import AugmentFn, LossFn
 
-_VIEW_SIZE = cpu.get_config().data.view_size
+_VIEW_SIZE, _NUM_IMAGES = cpu.get_config().data.view_size, 50_000
 _TURNS, _TURN_SECONDS = 5, 2.0
 # SIGReg: directions of a step, points of the characteristic function, weight (arXiv 2511.08544).
 _NUM_DIRECTIONS, _POINTS, _SIGREG_COEFF = 256, np.linspace(-3, 3, 10, dtype=np.float32), 10.0
@@ -104,6 +111,7 @@ class Lever:
       augment_fn, loss_fn: in place of the config's.
       parts: (share of the time, overrides) one after the other, where a run changes on its way.
       ema: decay of an average of the parameters that is judged in their place; 0 for none.
+      num_views: of every image.
     """
 
     what: str
@@ -112,6 +120,7 @@ class Lever:
     loss_fn: LossFn | None = None
     parts: tuple[tuple[float, Overrides], ...] = ((1.0, {}),)
     ema: float = 0.0
+    num_views: int = 2
 
 
 BASELINE = "cpu.py"
@@ -127,7 +136,10 @@ LEVERS = {
     ),
     "opposite flips": Lever("one view mirrored, the other not", augment_fn=opposite_flips),
     "four views": Lever(
-        "four views of half as many images", augment_fn=four_views, loss_fn=vicreg_of_four
+        "four views of half as many images",
+        augment_fn=four_views,
+        loss_fn=vicreg_of_four,
+        num_views=4,
     ),
     "average": Lever("weights averaged over steps, decay 0.98", ema=0.98),
     "sigreg": Lever(
@@ -139,14 +151,12 @@ LEVERS = {
 
 
 def _config(lever: Lever, seed: int, more: Mapping[str, Any], num_steps: int = 0) -> ConfigDict:
-    """cpu.py with a lever; with `num_steps`, so many of them, a seventh of them warm-up."""
+    """cpu.py with a lever; with `num_steps`, so many, of which the same share is warm-up."""
     config = cpu.get_config()
     config.update_from_flattened_dict({**lever.overrides, **more, "meta.seed": seed})
-    if num_steps:
-        share = config.optim.warmup_epochs / config.optim.epochs
-        config.optim.epochs = num_steps / (50_000 // config.data.batch_size)
-        config.optim.warmup_epochs = share * config.optim.epochs
-    return config
+    if not num_steps:
+        return config
+    return with_epochs(config, num_steps / (_NUM_IMAGES // config.data.batch_size))
 
 
 def _plans(lever: Lever, dataset: Dataset, seed: int, num_steps: int = 0) -> list[Plan]:
@@ -202,7 +212,7 @@ def _batches(plan: Plan, start: int, stop: int) -> Iterator[np.ndarray]:
 
 
 def _step_seconds(training: _Training, part: int) -> float:
-    """A turn: the median second of some steps."""
+    """A turn: the median second of some steps, an average of the parameters included."""
     order, seconds = training.plans[part].batches_of(0), []
     while not seconds or sum(seconds) < _TURN_SECONDS:
         row = len(seconds) % len(order)
@@ -255,7 +265,7 @@ def measure_run(name: str, seed: int, steps: list[int], dataset: Dataset) -> dic
     )
     accuracies = {probe: result["probes"][probe]["encoder"]["val"]["acc"] for probe in probes}
     batch_size = plans[0].config.data.batch_size
-    images_seen = batch_size * done // (2 if lever.augment_fn is four_views else 1)
+    images_seen = 2 * batch_size * done // lever.num_views
     return {"steps": steps, "images": images_seen, "loss": training.loss, **accuracies}
 
 
@@ -284,16 +294,9 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     """Runs what is missing, prints the table and writes the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--levers", nargs="+", default=list(LEVERS), choices=list(LEVERS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workdir", type=pathlib.Path, required=True)
-    parser.add_argument("--out", type=pathlib.Path)
-    arguments = parser.parse_args()
-    device.select("auto")
-    arguments.workdir.mkdir(parents=True, exist_ok=True)
-    dataset = load_fitting("cifar10", placement="device")
-    dataset = dataclasses.replace(dataset, test_images=None, test_labels=None)
+    command = parser(__doc__)
+    command.add_argument("--levers", nargs="+", default=list(LEVERS), choices=list(LEVERS))
+    arguments, dataset = parse(command), training_images()
     base_steps = _plans(LEVERS[BASELINE], dataset, 0)[0].num_steps
     rows: dict[str, dict[str, Any]] = {}
     names = dict.fromkeys([BASELINE, *arguments.levers])

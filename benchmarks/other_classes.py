@@ -8,7 +8,6 @@ many features, on the same five classes. Nothing is chosen by these figures: the
 images. Finished runs are read, not repeated.
 """
 
-import argparse
 import functools
 import pathlib
 from typing import Any
@@ -16,17 +15,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.figures import percent, stored, write_document
+from benchmarks.figures import parse, parser, percent, stored, write_document
 from configs import cpu
 from jepa_jax import (
     Dataset,
-    device,
     evaluate_representation,
     from_arrays,
     load_dataset,
     load_encoder,
     train_and_evaluate,
 )
+from jepa_jax.compare.equal_time import with_epochs
 from jepa_jax.config import feature_dim
 from jepa_jax.plan import clean_images, untrained_variables
 from jepa_jax.random_patches import FEATURES_PER_FILTER, random_patches
@@ -81,10 +80,10 @@ def measure_seed(seed: int, dataset: Dataset, workdir: pathlib.Path) -> dict[str
     config.meta.seed = seed
     train_and_evaluate(config, workdir / f"all_ten-seed{seed}")
     # As many steps as on all ten, of half as many images.
-    num_steps = config.optim.epochs * (len(dataset.train_images) // config.data.batch_size)
-    share = config.optim.warmup_epochs / config.optim.epochs
-    config.optim.epochs = num_steps / (len(pretraining.train_images) // config.data.batch_size)
-    config.optim.warmup_epochs = share * config.optim.epochs
+    of_ten, of_five = (
+        len(each.train_images) // config.data.batch_size for each in (dataset, pretraining)
+    )
+    config = with_epochs(config, round(config.optim.epochs * of_ten) / of_five)
     train_and_evaluate(config, workdir / f"other_five-seed{seed}", dataset=pretraining)
 
     num_val, found = config.data.num_val // 2, {}
@@ -115,13 +114,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Runs what is missing, prints the table and writes the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workdir", type=pathlib.Path, required=True)
-    parser.add_argument("--out", type=pathlib.Path)
-    arguments = parser.parse_args()
-    device.select("auto")
-    arguments.workdir.mkdir(parents=True, exist_ok=True)
+    arguments = parse(parser(__doc__))
     dataset, rows = load_dataset("cifar10"), []
     for seed in range(arguments.seeds):
         measure = functools.partial(measure_seed, seed, dataset, arguments.workdir)

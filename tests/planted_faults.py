@@ -139,6 +139,13 @@ FAULTS = [
         "test_optim.py",
     ),
     Fault(
+        "the reference's schedule is not late",
+        "optim.py",
+        "jnp.maximum(epoch - 1.0, 0.0)",
+        "jnp.maximum(epoch, 0.0)",
+        "test_optim.py",
+    ),
+    Fault(
         "the flip never happens",
         "augment.py",
         "jnp.where(flipped, cols[::-1], cols)",

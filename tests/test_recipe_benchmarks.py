@@ -13,6 +13,7 @@ from benchmarks import ablation, levers
 from configs import cpu, rapid
 from jepa_jax import from_arrays
 from jepa_jax.augment import two_views
+from jepa_jax.config import hparams_from
 from jepa_jax.data import take
 from jepa_jax.plan import initial_state, make_plan
 from jepa_jax.train import train_step_of
@@ -97,10 +98,26 @@ def test_the_parts_of_a_lever_share_the_time_and_see_every_batch_once(plan):
 def test_a_lever_with_other_steps_keeps_the_share_of_its_warmup():
     lever = levers.Lever("larger batches", {"data.batch_size": 256})
     config = levers._config(lever, 1, {}, num_steps=39)
-    assert (config.optim.epochs, config.meta.seed) == (39 / 195, 1)
-    default = cpu.get_config().optim
-    share = config.optim.warmup_epochs / config.optim.epochs
-    np.testing.assert_allclose(share, default.warmup_epochs / default.epochs)
+    hparams, default = hparams_from(config, 50_000 // 256), cpu.get_config().optim
+    warmup = 39 * default.warmup_epochs / default.epochs
+    assert (hparams.num_steps, hparams.warmup_steps) == (39, round(warmup))
+    assert config.meta.seed == 1
+
+
+def test_a_lever_takes_its_parts_one_after_the_other(plan, monkeypatch):
+    """Every step of a part by its own program, all of one schedule; the mean of the parameters."""
+    ran = []
+    monkeypatch.setattr(levers, "_config", lambda *arguments: plan.config)
+    monkeypatch.setattr(
+        levers,
+        "_batches",
+        lambda plan, start, stop: ran.append((start, stop)) or [plan.batches_of(0)[:1]],
+    )
+    lever = levers.Lever("two parts", parts=((0.5, {}), (0.5, {})), ema=0.5)
+    monkeypatch.setitem(levers.LEVERS, "two", lever)
+    found = levers.measure_run("two", 0, [1, 1], plan.dataset)
+    assert ran == [(0, 1), (1, 2)] and found["images"] == 2 * plan.config.data.batch_size
+    assert {found[probe] for probe in ("ridge", "knn")} <= {k / 80 for k in range(81)}
 
 
 # --- ablation ---------------------------------------------------------------------------------
