@@ -57,24 +57,6 @@ def opposite_flips(key: jax.Array, images: jax.Array) -> tuple[jax.Array, jax.Ar
     return jnp.where(toss, x1[:, :, ::-1], x1), jnp.where(toss, x2, x2[:, :, ::-1])
 
 
-def four_views(key: jax.Array, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Four views of the first half of a batch, as two batches of two views each."""
-    half = images[: len(images) // 2]
-    return two_views(key, jnp.concatenate([half, half]), size=_VIEW_SIZE)
-
-
-def vicreg_of_four(key, z1, z2, hparams):
-    """VICReg of `four_views`: the invariance term is the mean over all six pairs of views."""
-    del key
-    weights = {name: getattr(hparams, name) for name in ("sim_coeff", "std_coeff", "cov_coeff")}
-    loss, terms = losses.vicreg_loss(z1, z2, **weights)
-    views = [*jnp.split(z1, 2), *jnp.split(z2, 2)]
-    pairs = [(a, b) for n, a in enumerate(views) for b in views[:n]]
-    invariance = sum(losses.invariance_loss(a, b) for a, b in pairs) / len(pairs)
-    loss = loss + hparams.sim_coeff * (invariance - terms["invariance_loss"])
-    return loss, {**terms, "invariance_loss": invariance}
-
-
 def sigreg(key, z1, z2, hparams):
     """Invariance, and how far random projections of z are from a normal (arXiv 2511.08544).
 
@@ -111,7 +93,6 @@ class Lever:
       augment_fn, loss_fn: in place of the config's.
       parts: (share of the time, overrides) one after the other, where a run changes on its way.
       ema: decay of an average of the parameters that is judged in their place; 0 for none.
-      num_views: of every image.
     """
 
     what: str
@@ -120,7 +101,6 @@ class Lever:
     loss_fn: LossFn | None = None
     parts: tuple[tuple[float, Overrides], ...] = ((1.0, {}),)
     ema: float = 0.0
-    num_views: int = 2
 
 
 BASELINE = "cpu.py"
@@ -137,9 +117,7 @@ LEVERS = {
     "opposite flips": Lever("one view mirrored, the other not", augment_fn=opposite_flips),
     "four views": Lever(
         "four views of half as many images",
-        augment_fn=four_views,
-        loss_fn=vicreg_of_four,
-        num_views=4,
+        {"data.num_views": 4, "data.batch_size": 48},
     ),
     "average": Lever("weights averaged over steps, decay 0.98", ema=0.98),
     "sigreg": Lever(
@@ -265,8 +243,7 @@ def measure_run(name: str, seed: int, steps: list[int], dataset: Dataset) -> dic
     )
     accuracies = {probe: result["probes"][probe]["encoder"]["val"]["acc"] for probe in probes}
     batch_size = plans[0].config.data.batch_size
-    images_seen = 2 * batch_size * done // lever.num_views
-    return {"steps": steps, "images": images_seen, "loss": training.loss, **accuracies}
+    return {"steps": steps, "images": batch_size * done, "loss": training.loss, **accuracies}
 
 
 # --- table ------------------------------------------------------------------------------------

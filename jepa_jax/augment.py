@@ -302,3 +302,24 @@ def two_views(
     view = jax.vmap(functools.partial(random_view, size=size, **view_options))
     keys = jax.random.split(key, (2, images.shape[0]))
     return view(keys[0], images), view(keys[1], images)
+
+
+def pairs_of_views(
+    key: jax.Array, images: jax.Array, *, num_pairs: int = 1, **options
+) -> tuple[jax.Array, jax.Array]:
+    """Several pairs of views of every image, one below the other.
+
+    Args:
+      key: a typed key.
+      images: as for `two_views`, [B, H, W, 3].
+      num_pairs: P; with 1 these are `two_views`.
+      **options: of `two_views`.
+
+    Returns:
+      (x1, x2), float32 in [0, 1], [P * B, size, size, 3] each: rows n, n + B, n + 2B, ... of both
+      are views of image n.
+
+    Raises:
+      ValueError: as `two_views`.
+    """
+    return two_views(key, jnp.concatenate([images] * num_pairs), **options)

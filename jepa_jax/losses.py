@@ -14,6 +14,16 @@ def invariance_loss(z1: jax.Array, z2: jax.Array) -> jax.Array:
     return jnp.mean(jnp.square(z1 - z2))
 
 
+def multi_view_invariance_loss(views: jax.Array) -> jax.Array:
+    """`invariance_loss`, the mean over all V (V - 1) / 2 pairs of views [V, B, D]; a scalar.
+
+    No pair is formed: it is 2 / (V - 1) times the sum over the views of their mean squared distance
+    from the views' mean.
+    """
+    deviations = views - jnp.mean(views, axis=0, keepdims=True)
+    return 2 / (views.shape[0] - 1) * jnp.sum(jnp.mean(jnp.square(deviations), axis=(1, 2)))
+
+
 def _centred(z: jax.Array) -> jax.Array:
     # Off the first row before the mean is: of a collapsed batch nothing at all remains, where the
     # rounding of its mean would, made a hundred times larger by the slope of sqrt(var + eps).
@@ -79,6 +89,7 @@ def vicreg_loss(
     sim_coeff: jax.typing.ArrayLike = 1.0,
     std_coeff: jax.typing.ArrayLike = 1.0,
     cov_coeff: jax.typing.ArrayLike | None = None,
+    num_pairs: int = 1,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Variance-invariance-covariance regularisation (arXiv 2105.04906, eq. 6).
 
@@ -88,26 +99,36 @@ def vicreg_loss(
       std_coeff: weight of the variance term, the sum over both views.
       cov_coeff: weight of the covariance term, the sum over both views of the mean squared
         off-diagonal entry; None gives the paper's balance, (D - 1) / 25.
+      num_pairs: P, for more views than two: rows n, n + B / P, n + 2B / P, ... of z1 and of z2 are
+        then views of one image (see `augment.pairs_of_views`). Invariance is the mean over all
+        pairs of an image's 2P views; variance and covariance are those of z1's and z2's rows.
 
     Returns:
       (loss, terms): a scalar, and the unweighted scalars `invariance_loss`, `var_loss` and
       `cov_loss`; float32, or float64 if z1 and z2 are.
 
     Raises:
-      ValueError: if the shapes differ, are not [B, D], or B or D is below 2.
+      ValueError: if the shapes differ, are not [B, D], B or D is below 2, or B is no multiple
+        of P.
     """
     if z1.shape != z2.shape or z1.ndim != 2:
         raise ValueError(f"z1 and z2 must share one shape [B, D], got {z1.shape} and {z2.shape}")
     if min(z1.shape) < 2:
         raise ValueError(f"variance and covariance need B >= 2 and D >= 2, got {z1.shape}")
+    if num_pairs < 1 or z1.shape[0] % num_pairs:
+        raise ValueError(f"{z1.shape[0]} rows are not num_pairs = {num_pairs} views of each image")
     if cov_coeff is None:
         cov_coeff = paper_cov_coeff(z1.shape[1])
     dtype = jnp.float64 if z1.dtype == jnp.float64 else jnp.float32
     z1, z2 = z1.astype(dtype), z2.astype(dtype)
     # A GPU's default matmul precision would round the covariance but not the diagonal taken off it.
     with jax.default_matmul_precision("highest"):
+        invariance = invariance_loss(z1, z2)
+        if num_pairs > 1:
+            views = jnp.concatenate([z1, z2]).reshape(2 * num_pairs, -1, z1.shape[1])
+            invariance = multi_view_invariance_loss(views)
         terms = {
-            "invariance_loss": invariance_loss(z1, z2),
+            "invariance_loss": invariance,
             "var_loss": variance_loss(z1) + variance_loss(z2),
             "cov_loss": covariance_loss(z1) + covariance_loss(z2),
         }

@@ -21,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jepa_jax import checkpoint, device
-from jepa_jax.augment import resize_images, two_views
+from jepa_jax.augment import pairs_of_views, resize_images
 from jepa_jax.config import SCHEMA_VERSION, changed_keys, create_encoder, flatten, hparams_from
 from jepa_jax.data import Dataset, Records, choose_placement, epoch_order, load_dataset
 from jepa_jax.errors import CheckpointError, ConfigError
@@ -206,11 +206,15 @@ def make_plan(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from)
             scan_steps = max(1, min(_SCAN_STEPS, _SCAN_IMAGES // config.data.batch_size))
     given = {"loss_fn": loss_fn, "encoder": encoder, "augment_fn": augment_fn}
     if augment_fn is None:
-        augment_fn = functools.partial(two_views, size=config.data.view_size or None)
-    elif config.data.view_size:
-        # One's own makes views of the size it likes: the key does not speak of them.
+        augment_fn = functools.partial(
+            pairs_of_views,
+            num_pairs=config.data.num_views // 2,
+            size=config.data.view_size or None,
+        )
+    else:
+        # One's own makes two views of the size it likes: the keys do not speak of them.
         config = config.copy_and_resolve_references()
-        config.data.view_size = 0
+        config.data.view_size, config.data.num_views = 0, 2
     steps_per_epoch = len(dataset.train_images) // config.data.batch_size
     if round(config.optim.epochs * steps_per_epoch) < 1:
         raise ConfigError(
@@ -228,7 +232,7 @@ def make_plan(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from)
         placement=placement,
         scan_steps=scan_steps,
         augment_fn=augment_fn,
-        loss_fn=loss_fn or vicreg,
+        loss_fn=loss_fn or functools.partial(vicreg, num_pairs=config.data.num_views // 2),
         init_from=init_from or "",
         custom={name: _name_of(thing) for name, thing in given.items() if thing is not None},
     )

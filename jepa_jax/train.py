@@ -325,6 +325,8 @@ def _print_header(plan: Plan, state: TrainState, progress: dict[str, Any]) -> No
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     num_test = len(dataset.test_images) if dataset.test_images is not None else 0
     place = "resident on the device" if plan.placement == "device" else "streamed"
+    num_views = config.data.num_views
+    of_views = "" if num_views == 2 else f" of {num_views} views each"
     weights, warning = "", ""
     if "loss_fn" not in plan.custom:
         weights, warning = loss_balance(plan.embedding_dim, **plan.loss_weights)
@@ -339,7 +341,8 @@ def _print_header(plan: Plan, state: TrainState, progress: dict[str, Any]) -> No
             f"{config.loss.type}, balance {weights} (the paper's is 1 : 1 : 0.04)",
         ),
         "optimiser": f"{config.optim.name}, rate {config.optim.lr:g}, batch "
-        f"{config.data.batch_size}, {config.optim.epochs:g} epochs = {plan.num_steps} steps",
+        f"{config.data.batch_size}{of_views}, {config.optim.epochs:g} epochs = "
+        f"{plan.num_steps} steps",
         "workdir": str(plan.workdir),
     }
     if progress["epoch"] or progress["count"]:
@@ -508,10 +511,11 @@ def train_and_evaluate(
       workdir: the run's folder; created. The same call again goes on where the run stopped, and
         ends, on the same CPU, in the same bits as if it had never stopped.
       dataset: in place of the config's, see `jepa_jax.data.from_arrays`.
-      loss_fn: (key, z1 [B, D], z2 [B, D], hparams) -> (loss, terms), in place of the config's.
+      loss_fn: (key, z1 [B, D], z2 [B, D], hparams) -> (loss, terms), in place of the config's;
+        with data.num_views above 2 its rows are pairs of views, those of one image B apart.
       encoder: a Linen module called as encoder(images, train) -> h [B, F], or a `ModelFns`.
       augment_fn: (key, images uint8 [B, H, W, 3]) -> (x1, x2) in [0, 1], in place of `two_views`;
-        data.view_size then counts as 0.
+        data.view_size then counts as 0, and data.num_views as 2.
       init_from: another run's workdir, whose parameters the run starts from.
       profile: whether to write a trace of a few steps to workdir/profile, see `profile.Profile`.
 

@@ -76,7 +76,7 @@ def stream_key(seed: jax.typing.ArrayLike, stream: str, index: jax.typing.ArrayL
     return jax.random.fold_in(key, index)
 
 
-def vicreg(key: jax.Array, z1: jax.Array, z2: jax.Array, hparams: HParams):
+def vicreg(key: jax.Array, z1: jax.Array, z2: jax.Array, hparams: HParams, *, num_pairs: int = 1):
     """`vicreg_loss` in the form of the loss seam: (key, z1, z2, hparams) -> (loss, terms)."""
     del key
     return vicreg_loss(
@@ -85,6 +85,7 @@ def vicreg(key: jax.Array, z1: jax.Array, z2: jax.Array, hparams: HParams):
         sim_coeff=hparams.sim_coeff,
         std_coeff=hparams.std_coeff,
         cov_coeff=hparams.cov_coeff,
+        num_pairs=num_pairs,
     )
 
 
@@ -203,7 +204,8 @@ def make_train_step(
 
     Args:
       model: see `ModelFns`.
-      augment_fn: (key, images uint8 [B, H, W, C]) -> two views in [0, 1].
+      augment_fn: (key, images uint8 [B, H, W, C]) -> two views in [0, 1]; of several pairs of
+        views, [P * B, h, w, C] each, as `augment.pairs_of_views` stacks them.
       mean, std: the normalisation of every view.
       loss_fn: (key, z1, z2, hparams) -> (loss, terms), scalars all.
       optimizer: a name of `optim.OPTIMIZERS`.
@@ -240,6 +242,8 @@ def make_train_step(
             )
             params = optax.apply_updates(state.params, updates)
         with jax.named_scope("probe"):
+            # Of several pairs of views, the labels of every pair.
+            labels = jnp.tile(labels, h.shape[0] // labels.shape[0])
             probe, probe_metrics = update_probe(state.probe, h, labels, hparams)
         metrics = {
             "loss": loss,

@@ -97,6 +97,20 @@ FAULTS = [
         "test_losses.py",
     ),
     Fault(
+        "invariance within a pair of views alone",
+        "losses.py",
+        "2 / (views.shape[0] - 1)",
+        "2 / views.shape[0]",
+        "test_losses.py",
+    ),
+    Fault(
+        "views of several pairs interleaved",
+        "augment.py",
+        "jnp.concatenate([images] * num_pairs)",
+        "jnp.repeat(images, num_pairs, axis=0)",
+        "test_augment.py",
+    ),
+    Fault(
         "LARS clips the ratio, not the rate",
         "optim.py",
         "jnp.minimum(ratio / rate, 1.0)",
@@ -304,6 +318,13 @@ FAULTS = [
         "train_step.py",
         "is_labelled = (labels >= 0)",
         "is_labelled = (labels >= -1)",
+        "test_train_step.py",
+    ),
+    Fault(
+        "labels of several pairs of views beside the wrong images",
+        "train_step.py",
+        "jnp.tile(labels, h.shape[0] // labels.shape[0])",
+        "jnp.repeat(labels, h.shape[0] // labels.shape[0])",
         "test_train_step.py",
     ),
     Fault(

@@ -20,6 +20,7 @@ from jepa_jax.augment import (
     adjust_hue,
     adjust_saturation,
     color_jitter,
+    pairs_of_views,
     random_color_jitter,
     random_crop_box,
     random_jitter_parameters,
@@ -383,6 +384,19 @@ def test_two_views_is_random_view_of_each_image_with_or_without_jit(images):
         np.testing.assert_allclose(views[view][index], alone, atol=1e-5)
 
 
+def test_of_several_pairs_the_views_of_an_image_lie_a_batch_apart(images):
+    key, count = jax.random.key(11), len(images)
+    views_of = jax.jit(functools.partial(pairs_of_views, num_pairs=2))
+    changed = images.copy()
+    changed[2] = 255 - images[2]
+    for view, other in zip(views_of(key, images), views_of(key, changed), strict=True):
+        is_other = np.abs(view - other).reshape(2 * count, -1).max(1) > 1e-5
+        np.testing.assert_array_equal(np.flatnonzero(is_other), [2, 2 + count])
+        assert np.max(np.abs(view[:count] - view[count:])) > 0.01
+    for view, alone in zip(pairs_of_views(key, images), two_views(key, images), strict=True):
+        np.testing.assert_array_equal(view, alone)
+
+
 @pytest.mark.parametrize("shape", [(32, 32, 3), (2, 32, 32, 1), (2, 3, 32, 32)])
 def test_two_views_refuses_what_is_not_a_batch_of_colour_images(shape):
     with pytest.raises(ValueError, match=r"\[B, H, W, 3\]"):
@@ -401,7 +415,7 @@ def test_conventions_of_the_public_functions():
     )
     for name, function in public.items():
         parameters = list(inspect.signature(function).parameters.values())
-        is_random = name.startswith("random_") or name == "two_views"
+        is_random = name.startswith("random_") or name in ("two_views", "pairs_of_views")
         assert function.__doc__, name
         assert parameters[0].name == ("key" if is_random else parameters[0].name), name
         assert ("key" in [p.name for p in parameters]) == is_random, name

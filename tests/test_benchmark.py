@@ -136,6 +136,17 @@ def test_the_step_of_a_run_is_timed_with_everything_beside(tiny_config, augment)
     assert np.isfinite(figures["loss"]["last"]) and figures["loss"]["first"] > 0
 
 
+def test_more_views_than_two_need_the_augmentation(tiny_config):
+    config = tiny_config.copy_and_resolve_references()
+    config.data.num_views = 4
+    figures = step.measure_step(
+        step.synthetic_plan(config, num_images=IMAGES, augment="device"), repeats=2
+    )
+    assert figures["views_per_second"] == 4 * figures["images_per_second"]["median"]
+    with pytest.raises(ConfigError, match=r"config\.data\.num_views=2"):
+        step.synthetic_plan(config, num_images=IMAGES, augment="none")
+
+
 def test_a_scanned_and_a_streamed_step_are_timed_as_well(tiny_config):
     config = tiny_config.copy_and_resolve_references()
     config.training.scan_steps = 3

@@ -98,6 +98,15 @@ def test_the_loss_takes_the_smaller_of_both_forms():
     assert of_loss(512) == of_loss(9000) == 2 * 512 * 512
 
 
+def test_four_views_cost_what_twice_as_many_images_of_two_cost():
+    model = cpu.get_config().model.to_dict()
+    four = roofline.count(model, batch_size=48, bytes_per_value=4, num_views=4)
+    two = roofline.count(model, batch_size=96, bytes_per_value=4)
+    for name in ("flops_per_step", "bytes_per_step", "multiply_adds_per_view"):
+        assert four[name] == two[name]
+    assert four["flops_per_image"] == 2 * two["flops_per_image"]
+
+
 def test_bytes_scale_with_the_width_of_a_value_and_floors_with_the_rates():
     model = cpu.get_config().model.to_dict()
     narrow = roofline.count(model, batch_size=64, bytes_per_value=2)

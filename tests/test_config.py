@@ -153,6 +153,7 @@ BAD_VALUES = [
     ("data.num_workers", 0, "at least 1"),
     ("data.placement", "devise", "(did you mean device?)"),
     ("data.num_val", 0, "at least 1"),
+    ("data.num_views", 3, "2, 4 or 6, got 3"),
     ("data.mean", (0.5, 0.5), "three numbers"),
     ("data.mean", 0.5, "must be of type tuple"),
     ("data.std", (0.2, 0.2, 0.0), "three numbers above 0"),

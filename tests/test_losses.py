@@ -1,5 +1,7 @@
 """VICReg against the paper's formula, written with explicit loops in float64."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -143,6 +145,20 @@ def test_the_hinge_is_about_the_margin():
     np.testing.assert_allclose(loss, np.mean(4.0 - np.std(z, axis=0, ddof=1)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("num_pairs", [2, 3])
+def test_of_several_pairs_invariance_is_over_all_pairs_of_an_images_views(num_pairs):
+    views = np.random.default_rng(10).normal(size=(2 * num_pairs, 5, 3))
+    z1, z2 = (np.float32(np.concatenate(half)) for half in np.split(views, 2))
+    loss, terms = vicreg_loss(z1, z2, sim_coeff=3.0, cov_coeff=5.0, num_pairs=num_pairs)
+    wanted = np.mean([np.mean((a - b) ** 2) for a, b in itertools.combinations(views, 2)])
+    np.testing.assert_allclose(terms["invariance_loss"], wanted, rtol=1e-5)
+    _, of_rows = vicreg_loss(z1, z2)
+    for name in ("var_loss", "cov_loss"):
+        np.testing.assert_array_equal(terms[name], of_rows[name])
+    total = 3.0 * wanted + terms["var_loss"] + 5.0 * terms["cov_loss"]
+    np.testing.assert_allclose(loss, total, rtol=1e-5)
+
+
 def test_bfloat16_is_computed_in_float32():
     z1, z2 = (jnp.asarray(z, jnp.bfloat16) for z in embeddings((12, 4), seed=8))
     half = vicreg(z1, z2)
@@ -184,3 +200,9 @@ def test_covariance_is_the_same_through_either_side_of_the_gram_matrix():
 def test_shapes_that_have_no_loss_are_refused(shape1, shape2, message):
     with pytest.raises(ValueError, match=message):
         vicreg_loss(jnp.zeros(shape1), jnp.zeros(shape2))
+
+
+@pytest.mark.parametrize("num_pairs", [0, 2])
+def test_rows_that_are_not_so_many_views_of_each_image_are_refused(num_pairs):
+    with pytest.raises(ValueError, match=f"5 rows are not num_pairs = {num_pairs} views"):
+        vicreg_loss(jnp.zeros((5, 3)), jnp.zeros((5, 3)), num_pairs=num_pairs)

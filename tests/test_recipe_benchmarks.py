@@ -1,6 +1,5 @@
 """What the benchmarks of docs/recipe.md plug into the package, against independent formulas."""
 
-import itertools
 import pathlib
 
 import jax
@@ -47,26 +46,6 @@ def test_of_two_views_with_opposite_flips_exactly_one_is_mirrored(cifar_arrays):
     ]
     assert (is_mirrored[0] ^ is_mirrored[1]).all()
     assert 0 < is_mirrored[0].sum() < 16
-
-
-def test_four_views_are_of_half_the_images_and_their_invariance_is_over_all_pairs():
-    z = np.random.default_rng(0).normal(size=(4, 5, 3)).astype(np.float32)
-    z1, z2 = np.concatenate(z[:2]), np.concatenate(z[2:])
-    hparams = some_hparams()
-    loss, terms = levers.vicreg_of_four(None, z1, z2, hparams)
-    wanted = np.mean([np.mean((a - b) ** 2) for a, b in itertools.combinations(z, 2)])
-    np.testing.assert_allclose(terms["invariance_loss"], wanted, rtol=1e-5)
-    total = 3.0 * wanted + 2.0 * terms["var_loss"] + 5.0 * terms["cov_loss"]
-    np.testing.assert_allclose(loss, total, rtol=1e-5)
-
-
-def test_four_views_are_of_the_first_half_of_a_batch(cifar_arrays):
-    images, key = jnp.asarray(cifar_arrays["train_images"][:8]), jax.random.key(0)
-    found = levers.four_views(key, images)
-    assert [view.shape for view in found] == [(8, 16, 16, 3)] * 2
-    others = levers.four_views(key, images.at[4:].set(0))
-    for one, other in zip(found, others, strict=True):
-        np.testing.assert_array_equal(one, other)
 
 
 def test_sigreg_is_the_epps_pulley_statistic_of_its_directions():

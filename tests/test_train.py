@@ -1,5 +1,6 @@
 """The host loop: resuming, stopping, refusing, and the seams for a user's own parts."""
 
+import itertools
 import json
 import signal
 
@@ -19,7 +20,7 @@ from jepa_jax.metrics import read_metrics
 from jepa_jax.models import linen_model, patch_whitening_kernel
 from jepa_jax.optim import warmup_cosine
 from jepa_jax.representation import split_validation
-from jepa_jax.train_step import probe_logits, vicreg
+from jepa_jax.train_step import probe_logits, stream_key, vicreg
 
 STEPS_PER_EPOCH = 4
 
@@ -393,10 +394,11 @@ def flips(key, images):
     return images, images[:, :, ::-1]
 
 
-def test_the_size_of_views_is_left_to_an_augmentation_of_ones_own(run):
-    """Training, the stem's patches and the online probe are what they are without the key."""
+def test_number_and_size_of_views_are_left_to_an_augmentation_of_ones_own(run):
+    """Training, the stem's patches and the online probe are what they are without the keys."""
     plain, plain_dir = run("plain", augment_fn=flips)
-    sized, sized_dir = run("sized", augment_fn=flips, overrides={"data.view_size": 16})
+    overrides = {"data.view_size": 16, "data.num_views": 4}
+    sized, sized_dir = run("sized", augment_fn=flips, overrides=overrides)
     assert_same_state(sized, plain)
     assert rows_without_times(sized_dir) == rows_without_times(plain_dir)
 
@@ -507,6 +509,26 @@ def test_a_stem_with_more_filters_than_eigenvectors_keeps_random_ones(tiny_confi
     directions = first.reshape(27, 27) / np.linalg.norm(first.reshape(27, 27), axis=0)
     np.testing.assert_allclose(directions.T @ directions, np.eye(27), atol=1e-5)
     np.testing.assert_array_equal(kernels["whitening"][..., 54:], kernels["random"][..., 54:])
+
+
+def test_four_views_of_an_image_are_drawn_pulled_together_and_evaluated(run, monkeypatch, capsys):
+    plans, original = [], train.make_plan
+    monkeypatch.setattr(train, "make_plan", lambda *args: plans.append(original(*args)) or plans[0])
+    one_step = {"optim.epochs": 0.25, "optim.warmup_epochs": 0.0}
+    _, workdir = run(overrides={"data.num_views": 4, **one_step})
+    assert "batch 100 of 4 views each" in capsys.readouterr().out
+    assert summary_of(workdir)["steps"] == 1
+
+    images = plans[0].dataset.train_images[plans[0].batches_of(0)[0]]
+    state, encoder = plan.initial_state(plans[0]), plans[0].encoder
+    variables, embedded = {"params": state.params, "batch_stats": state.batch_stats}, []
+    for view in plans[0].augment_fn(stream_key(plans[0].hparams.seed, "views"), images):
+        assert len(view) == 200
+        (_, z), _ = encoder.model.apply(variables, encoder.normalize(view), True)
+        embedded += np.split(np.asarray(z), 2)
+    wanted = np.mean([np.mean((a - b) ** 2) for a, b in itertools.combinations(embedded, 2)])
+    found = read_metrics(workdir / "metrics.jsonl")[0]["train/invariance_loss"]
+    assert found == pytest.approx(wanted, rel=1e-4)
 
 
 def test_views_of_another_size_are_what_training_and_its_online_probe_see(run, monkeypatch):

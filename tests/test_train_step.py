@@ -417,6 +417,24 @@ def test_the_probe_never_reaches_the_encoder(resnet_step, resnet_state, batch):
     assert np.max(np.abs(moved)) > 1e-4
 
 
+def test_the_probe_gives_every_pair_of_views_its_image_s_label(batch):
+    images, labels = batch
+    hparams = some_hparams()
+    state = with_random_probe(new_state(DENSE, hparams))
+
+    def two_pairs(key, images):
+        return dimmed(key, jnp.concatenate([images, images]))
+
+    after, metrics = new_step(DENSE, augment_fn=two_pairs)(state, images, labels, hparams)
+    view = normalised(two_pairs(stream_key(7, "views", 0), images)[0])
+    h = np.asarray(DENSE.apply({"params": state.params}, view, True)[0][0], np.float64)
+    both = np.concatenate([labels, labels])
+    loss, acc, params = probe_by_hand(state.probe, h, both, 0.01)
+    np.testing.assert_allclose(metrics["probe_loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["probe_acc"], acc, rtol=1e-5)
+    assert_trees_close(after.probe.params, params, rtol=1e-3, atol=1e-5)
+
+
 def test_images_without_a_label_do_not_count_for_the_probe(dense_step, batch):
     images, labels = batch
     hparams = some_hparams()

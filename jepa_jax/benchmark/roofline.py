@@ -125,9 +125,14 @@ def embedding_dim(model: Mapping[str, Any]) -> int:
 
 
 def count(
-    model: Mapping[str, Any], *, batch_size: int, bytes_per_value: int, image_side: int = 32
+    model: Mapping[str, Any],
+    *,
+    batch_size: int,
+    bytes_per_value: int,
+    image_side: int = 32,
+    num_views: int = 2,
 ) -> dict[str, Any]:
-    """FLOPs and bytes of a training step of two views.
+    """FLOPs and bytes of a training step.
 
     The covariance of B embeddings of D dimensions is D x D, or for B < D the Gram matrix B x B
     with the same norm: min(B, D) * D multiply-adds an embedding.
@@ -137,6 +142,7 @@ def count(
       batch_size: B.
       bytes_per_value: of an activation: 2 in bfloat16.
       image_side: of square images.
+      num_views: of every image.
 
     Returns:
       multiply_adds_per_view (encoder and projector), multiply_adds_per_image of the loss, FLOPs
@@ -146,8 +152,9 @@ def count(
     layers, dim = [*encoder, *projector], embedding_dim(model)
     in_encoder = sum(layer.multiply_adds for layer in encoder)
     in_projector = sum(layer.multiply_adds for layer in projector)
-    in_loss = 2 * min(batch_size, dim) * dim
-    flops = 2 * 3 * (2 * (in_encoder + in_projector) + in_loss)
+    # The loss is one of two matrices, of all the views that lie in each.
+    in_loss = num_views * min(batch_size * num_views // 2, dim) * dim
+    flops = 2 * 3 * (num_views * (in_encoder + in_projector) + in_loss)
     num_weights = sum(layer.num_weights for layer in layers)
     of_parameters = _PARAMETER_PASSES * _BYTES_OF_PARAMETER * num_weights
     per_view = {
@@ -162,7 +169,7 @@ def count(
         "bytes_per_view": per_view,
         "bytes_of_parameters": of_parameters,
         "bytes_per_step": {
-            name: 2 * batch_size * value + of_parameters for name, value in per_view.items()
+            name: num_views * batch_size * value + of_parameters for name, value in per_view.items()
         },
         "num_weights": num_weights,
     }

@@ -19,7 +19,7 @@ from jepa_jax.benchmark import roofline
 from jepa_jax.benchmark.timing import REPEATS, spread
 from jepa_jax.config import compute_dtype, validate
 from jepa_jax.data import Dataset, from_arrays
-from jepa_jax.errors import TrainingError
+from jepa_jax.errors import ConfigError, TrainingError
 from jepa_jax.plan import Plan, initial_state, make_plan
 from jepa_jax.train import make_runner
 from jepa_jax.train_step import TrainState
@@ -75,6 +75,8 @@ def synthetic_plan(config: ConfigDict, *, num_images: int = NUM_IMAGES, augment:
     config.optim.lr = RATE
     augment_fn = None
     if augment == "none":
+        if config.data.num_views != 2:
+            raise ConfigError("without augmentation there are two views: config.data.num_views=2")
         augment_fn = functools.partial(fixed_views, size=config.data.view_size or SIDE)
     dataset = synthetic_dataset(num_images)
     return make_plan(config, pathlib.Path(), dataset, None, None, augment_fn, None)
@@ -155,9 +157,11 @@ def measure_step(plan: Plan, *, repeats: int = REPEATS) -> dict[str, Any]:
     values, losses = zip(*(loop.run(num_steps) for _ in range(repeats)), strict=True)
     if not np.isfinite(losses[-1]):
         raise TrainingError(f"the loss became {losses[-1]}")
+    num_views = config.data.num_views
     counted = roofline.count(
         config.model.to_dict(),
         batch_size=batch_size,
+        num_views=num_views,
         bytes_per_value=jnp.dtype(compute_dtype(config)).itemsize,
         image_side=_view_side(plan),
     )
@@ -174,7 +178,7 @@ def measure_step(plan: Plan, *, repeats: int = REPEATS) -> dict[str, Any]:
         "compile_seconds": compile_seconds,
         "step_seconds": spread(values),
         "images_per_second": images_per_second,
-        "views_per_second": 2 * images_per_second["median"],
+        "views_per_second": num_views * images_per_second["median"],
         "counted": counted,
         "model_flops_per_second": counted["flops_per_image"] * images_per_second["median"],
         "memory": {**peak_memory(), "program": _program_memory(runner.program)},
