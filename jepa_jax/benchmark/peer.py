@@ -104,7 +104,8 @@ class Peer:
     """Both sides of one config.
 
     Args:
-      given: the config; an optimiser that the peer lacks is replaced by lars on both sides.
+      given: the config; an optimiser that the peer lacks is replaced by lars on both sides, and
+        more views than two by two.
       folder: where the recipe for the other side is written.
       python: of the environment with PyTorch.
       num_images: synthetic images of either side.
@@ -126,9 +127,12 @@ class Peer:
         self._num_images, self._num_workers = num_images, num_workers
         name = given.config.optim.name
         self.optimizer = name if name in _OPTIMIZERS else "lars"
-        self.note = ""
+        num_views, notes = given.config.data.num_views, []
         if self.optimizer != name:
-            self.note = f"{name} is replaced by lars on both sides: the peer has no {name}"
+            notes.append(f"{name} is replaced by lars on both sides: the peer has no {name}")
+        if num_views != 2:
+            notes.append(f"{num_views} views are replaced by 2 on both sides: the peer has no more")
+        self.note = "; ".join(notes)
         self._recipe = folder / "recipe.json"
         self._recipe.write_text(json.dumps(self.recipe(), indent=1) + "\n")
 
@@ -157,6 +161,7 @@ class Peer:
         """`--measure-step` of this config in a process of its own."""
         changes = {
             "optim.name": self.optimizer,
+            "data.num_views": 2,
             "training.use_amp": dtype != "float32",
             "training.dtype": dtype,
         }
