@@ -1,11 +1,10 @@
-"""Which changes to the recipe gain at equal time? Three seeds each, read on held-out images.
+"""Which changes to configs/cpu.py gain at equal time? Three seeds each, read on held-out images.
 
     python -m benchmarks.levers --workdir runs/levers --out benchmarks/results/levers.json
 
-The baseline is configs/cpu.py with two views of 96 images in place of four of 48. Every lever
-trains as long as it does: the paces of both are first measured in turns, on an otherwise idle
-machine; after that only steps count. Levers that the package has no key for are plugged into its
-parts here. Finished runs are read, not repeated. The test set is not read.
+Every lever trains as long as configs/cpu.py does: its pace and that of cpu.py are first measured in
+turns, on an otherwise idle machine; after that only steps count. Levers that the package has no key
+for are plugged into its parts here. Finished runs are read, not repeated. The test set is not read.
 """
 
 import dataclasses
@@ -86,7 +85,7 @@ def sigreg(key, z1, z2, hparams):
 
 @dataclasses.dataclass(frozen=True)
 class Lever:
-    """One change to the baseline.
+    """One change to configs/cpu.py.
 
     Attributes:
       what: in words.
@@ -104,15 +103,9 @@ class Lever:
     ema: float = 0.0
 
 
-BASELINE = "two views"
-_BASELINE_OVERRIDES = {
-    "data.num_views": 2,
-    "data.batch_size": 96,
-    "optim.epochs": 1.4,
-    "optim.warmup_epochs": 0.2,
-}
+BASELINE = "cpu.py"
 LEVERS = {
-    BASELINE: Lever("two views of 96 images"),
+    BASELINE: Lever("as it is"),
     "random stem": Lever("no eigenvectors in the stem", {"model.stem_init": "random"}),
     "adamw": Lever("AdamW at 0.003", {"optim.name": "adamw", "optim.lr": 0.003}),
     "lars": Lever("LARS at 0.3", {"optim.name": "lars", "optim.lr": 0.3}),
@@ -124,7 +117,7 @@ LEVERS = {
     "opposite flips": Lever("one view mirrored, the other not", augment_fn=opposite_flips),
     "four views": Lever(
         "four views of half as many images",
-        {"data.num_views": 4, "data.batch_size": 48},  # configs/cpu.py
+        {"data.num_views": 4, "data.batch_size": 48},
     ),
     "average": Lever("weights averaged over steps, decay 0.98", ema=0.98),
     "sigreg": Lever(
@@ -136,11 +129,9 @@ LEVERS = {
 
 
 def _config(lever: Lever, seed: int, more: Mapping[str, Any], num_steps: int = 0) -> ConfigDict:
-    """The baseline with a lever; with `num_steps`, so many, of which the same share is warm-up."""
+    """cpu.py with a lever; with `num_steps`, so many, of which the same share is warm-up."""
     config = cpu.get_config()
-    config.update_from_flattened_dict(
-        {**_BASELINE_OVERRIDES, **lever.overrides, **more, "meta.seed": seed}
-    )
+    config.update_from_flattened_dict({**lever.overrides, **more, "meta.seed": seed})
     if not num_steps:
         return config
     return with_epochs(config, num_steps / (_NUM_IMAGES // config.data.batch_size))
@@ -210,7 +201,7 @@ def _step_seconds(training: _Training, part: int) -> float:
 
 
 def measure_pace(name: str, dataset: Dataset) -> list[list[float]]:
-    """For every part of a lever the ratios, by turns, of its step's time to the baseline's."""
+    """For every part of a lever the ratios, by turns, of its step's time to that of cpu.py's."""
     lever, base = LEVERS[name], LEVERS[BASELINE]
     training, baseline = (_Training(one, _plans(one, dataset, 0)) for one in (lever, base))
     for part in range(len(lever.parts)):
@@ -223,7 +214,7 @@ def measure_pace(name: str, dataset: Dataset) -> list[list[float]]:
 
 
 def steps_of(lever: Lever, pace: list[list[float]], base_steps: int) -> list[int]:
-    """Steps of every part, so that all of them take as long as `base_steps` of the baseline."""
+    """Steps of every part, so that all of them take as long as `base_steps` of cpu.py."""
     return [
         math.floor(share * base_steps / statistics.median(ratios))
         for (share, _), ratios in zip(lever.parts, pace, strict=True)
@@ -259,7 +250,7 @@ def measure_run(name: str, seed: int, steps: list[int], dataset: Dataset) -> dic
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """Markdown: every lever beside the baseline, and the difference of equal seeds."""
+    """Markdown: every lever beside cpu.py, and the difference of equal seeds."""
     base = rows[BASELINE]["runs"]
     lines = [
         "| change | a step takes | images | ridge, val | difference | 20-NN, val |",
@@ -298,7 +289,7 @@ def main() -> None:
             rows[name]["runs"].append(stored(arguments.workdir / f"{name} {seed}.json", measure))
     print(table(rows))
     if arguments.out:
-        what = "changes to the recipe at equal time, on validation images"
+        what = "changes to configs/cpu.py at equal time, on validation images"
         write_document(arguments.out, what, "python -m benchmarks.levers", levers=rows)
 
 

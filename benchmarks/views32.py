@@ -6,13 +6,10 @@ from configs import cpu
 
 
 def get_config() -> ConfigDict:
-    """configs/cpu.py with two views of 32 pixels, a stem of stride 2 and 128 features, 2 epochs."""
+    """configs/cpu.py with views of 32 pixels, a stem of stride 2 and 128 features, 2 epochs."""
     config = cpu.get_config()
-    config.data.batch_size = 96
-    config.data.num_views = 2
     config.data.view_size = 0
     config.model.stem_stride = 2
     config.model.expand_dim = 0
     config.optim.epochs = 2.0
-    config.optim.warmup_epochs = 0.2
     return config

@@ -99,9 +99,9 @@ def vicreg_loss(
       std_coeff: weight of the variance term, the sum over both views.
       cov_coeff: weight of the covariance term, the sum over both views of the mean squared
         off-diagonal entry; None gives the paper's balance, (D - 1) / 25.
-      num_pairs: P, for more views than two: rows n, n + B / P, n + 2B / P, ... of z1 and of z2 are
-        then views of one image (see `augment.pairs_of_views`). Invariance is the mean over all
-        pairs of an image's 2P views; variance and covariance are those of z1's and z2's rows.
+      num_pairs: P, for 2P views of N = B / P images: rows n, n + N, n + 2N, ... of z1 and of z2 are
+        then views of image n (see `pairs_of_views`). Invariance is the mean over all pairs of an
+        image's views; variance and covariance are those of z1's and z2's B rows.
 
     Returns:
       (loss, terms): a scalar, and the unweighted scalars `invariance_loss`, `var_loss` and

@@ -165,6 +165,17 @@ def _check_sizes(config: ConfigDict, dataset: Dataset) -> None:
         )
 
 
+def _check_views(augment_fn: AugmentFn, config: ConfigDict, dataset: Dataset) -> None:
+    shape = (config.data.batch_size, *dataset.image_shape)
+    images = jax.ShapeDtypeStruct(shape, jnp.uint8)
+    rows = len(jax.eval_shape(augment_fn, jax.random.key(0), images)[0])
+    if 2 * rows != config.data.num_views * len(images):
+        raise ConfigError(
+            f"augment_fn makes {2 * rows / len(images):g} views of an image; "
+            f"config.data.num_views is {config.data.num_views}"
+        )
+
+
 def load_fitting(
     name: str, *, data_dir: str = "", placement: str = "auto", num_workers: int = 2
 ) -> Dataset:
@@ -212,9 +223,10 @@ def make_plan(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from)
             size=config.data.view_size or None,
         )
     else:
-        # One's own makes two views of the size it likes: the keys do not speak of them.
+        # One's own makes views of the size it likes: the key does not speak of them.
         config = config.copy_and_resolve_references()
-        config.data.view_size, config.data.num_views = 0, 2
+        config.data.view_size = 0
+        _check_views(augment_fn, config, dataset)
     steps_per_epoch = len(dataset.train_images) // config.data.batch_size
     if round(config.optim.epochs * steps_per_epoch) < 1:
         raise ConfigError(

@@ -511,11 +511,12 @@ def train_and_evaluate(
       workdir: the run's folder; created. The same call again goes on where the run stopped, and
         ends, on the same CPU, in the same bits as if it had never stopped.
       dataset: in place of the config's, see `jepa_jax.data.from_arrays`.
-      loss_fn: (key, z1 [B, D], z2 [B, D], hparams) -> (loss, terms), in place of the config's;
-        with data.num_views above 2 its rows are pairs of views, those of one image B apart.
+      loss_fn: (key, z1 [B, D], z2 [B, D], hparams) -> (loss, terms), in place of the config's; with
+        data.num_views = 2P, [P * B, D], rows n, n + B, ... of both being views of image n.
       encoder: a Linen module called as encoder(images, train) -> h [B, F], or a `ModelFns`.
       augment_fn: (key, images uint8 [B, H, W, 3]) -> (x1, x2) in [0, 1], in place of `two_views`;
-        data.view_size then counts as 0, and data.num_views as 2.
+        data.view_size then counts as 0; with data.num_views = 2P both are [P * B, ...], as
+        `pairs_of_views` stacks them.
       init_from: another run's workdir, whose parameters the run starts from.
       profile: whether to write a trace of a few steps to workdir/profile, see `profile.Profile`.
 

@@ -167,9 +167,13 @@ def _probe_loss(probe_params, h, labels):
 def update_probe(
     probe: Probe | None, h: jax.Array, labels: jax.Array, hparams: HParams
 ) -> tuple[Probe | None, Metrics]:
-    """One step of the online probe on h [B, F]; no gradient reaches h."""
+    """One step of the online probe on h [P * B, F], P views of each of B images below one another.
+
+    No gradient reaches h.
+    """
     if probe is None:
         return None, {}
+    labels = jnp.tile(labels, h.shape[0] // labels.shape[0])
     grad_fn = jax.value_and_grad(_probe_loss, has_aux=True)
     (loss, acc), grads = grad_fn(probe.params, jax.lax.stop_gradient(h), labels)
     # optax raises a float to an integer power, which strict promotion (as in the tests) refuses.
@@ -177,6 +181,13 @@ def update_probe(
         updates, opt_state = optax.adam(hparams.probe_lr).update(grads, probe.opt_state)
     params = optax.apply_updates(probe.params, updates)
     return Probe(params, opt_state), {"probe_loss": loss, "probe_acc": acc}
+
+
+def _check_rows(views: list[jax.Array], h: jax.Array, num_images: int) -> None:
+    if len(views[0]) % num_images:
+        raise ValueError(f"augment_fn made {len(views[0])} views of {num_images} images")
+    if len(h) != len(views[0]):
+        raise ValueError(f"the encoder gave {len(h)} representations of {len(views[0])} views")
 
 
 def _check_scalars(loss: jax.Array, terms: Metrics) -> None:
@@ -204,8 +215,8 @@ def make_train_step(
 
     Args:
       model: see `ModelFns`.
-      augment_fn: (key, images uint8 [B, H, W, C]) -> two views in [0, 1]; of several pairs of
-        views, [P * B, h, w, C] each, as `augment.pairs_of_views` stacks them.
+      augment_fn: (key, images uint8 [B, H, W, C]) -> two views in [0, 1], [B, h, w, C] each; or P
+        pairs of views, [P * B, h, w, C] each, as `pairs_of_views` stacks them.
       mean, std: the normalisation of every view.
       loss_fn: (key, z1, z2, hparams) -> (loss, terms), scalars all.
       optimizer: a name of `optim.OPTIMIZERS`.
@@ -236,14 +247,13 @@ def make_train_step(
         (loss, (terms, h, batch_stats)), grads = jax.value_and_grad(loss_and_aux, has_aux=True)(
             state.params, state.batch_stats, views, loss_key, hparams
         )
+        _check_rows(views, h, len(images))
         with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
             updates, opt_state = _optimizer(optimizer, hparams, state.step).update(
                 grads, state.opt_state, state.params
             )
             params = optax.apply_updates(state.params, updates)
         with jax.named_scope("probe"):
-            # Of several pairs of views, the labels of every pair.
-            labels = jnp.tile(labels, h.shape[0] // labels.shape[0])
             probe, probe_metrics = update_probe(state.probe, h, labels, hparams)
         metrics = {
             "loss": loss,

@@ -110,8 +110,11 @@ class Watch:
           floats {h,z}_rank_me, {h,z}_std_min and {h,z}_std_mean; {h,z}_spectrum, at most 64
           eigenvalues of the covariance, and {h,z}_spectrum_ranks, which ones, 1 being the largest.
         """
+        size = self._chunks.shape[1]
+        # Of several views of an image one: the same spectrum then, whatever their number.
         pairs = [
-            self._embed(variables, self._views_of(index)[0]) for index in range(len(self._chunks))
+            [part[:size] for part in self._embed(variables, self._views_of(index)[0])]
+            for index in range(len(self._chunks))
         ]
         measured: dict[str, Any] = {}
         for name, parts in zip(("h", "z"), zip(*pairs, strict=True), strict=True):

@@ -324,7 +324,7 @@ FAULTS = [
         "labels of several pairs of views beside the wrong images",
         "train_step.py",
         "jnp.tile(labels, h.shape[0] // labels.shape[0])",
-        "jnp.repeat(labels, h.shape[0] // labels.shape[0])",
+        "jnp.repeat(labels, h.shape[0] // labels.shape[0], total_repeat_length=len(h))",
         "test_train_step.py",
     ),
     Fault(

@@ -136,15 +136,14 @@ def test_the_step_of_a_run_is_timed_with_everything_beside(tiny_config, augment)
     assert np.isfinite(figures["loss"]["last"]) and figures["loss"]["first"] > 0
 
 
-def test_more_views_than_two_need_the_augmentation(tiny_config):
+@pytest.mark.parametrize("augment", ["device", "none"])
+def test_a_step_of_four_views_is_timed_with_all_its_parts(tiny_config, augment):
     config = tiny_config.copy_and_resolve_references()
     config.data.num_views = 4
-    figures = step.measure_step(
-        step.synthetic_plan(config, num_images=IMAGES, augment="device"), repeats=2
-    )
+    plan = step.synthetic_plan(config, num_images=IMAGES, augment=augment)
+    figures = step.measure_step(plan, repeats=2)
     assert figures["views_per_second"] == 4 * figures["images_per_second"]["median"]
-    with pytest.raises(ConfigError, match=r"config\.data\.num_views=2"):
-        step.synthetic_plan(config, num_images=IMAGES, augment="none")
+    assert shares.step_parts(plan)["online probe"]["median"] > 0
 
 
 def test_a_scanned_and_a_streamed_step_are_timed_as_well(tiny_config):
@@ -510,6 +509,18 @@ def test_an_optimizer_that_the_peer_lacks_is_replaced_on_both_sides(given, tmp_p
     assert "muon is replaced by lars on both sides" in sides.note
     assert "--config.optim.name=lars" in calls[0]
     assert sides.recipe()["optimizer"] == "lars"
+
+
+def test_both_sides_take_as_many_views_a_step_as_the_config_two_of_an_image(
+    given, tmp_path, monkeypatch
+):
+    given.config.data.num_views = 4
+    sides, calls = make_peer(given, tmp_path), []
+    monkeypatch.setattr(peer, "run_json", lambda command, **_: calls.append(command) or {})
+    sides.ours("float32", "none")
+    assert {"--config.data.num_views=2", "--config.data.batch_size=200"} <= set(calls[0])
+    assert sides.recipe()["batch_size"] == 200
+    assert "4 views an image are replaced by 2 of 200 images a step" in sides.note
 
 
 def test_pairs_alternate_and_give_the_ratio_of_medians(given, tmp_path, monkeypatch):

@@ -394,11 +394,10 @@ def flips(key, images):
     return images, images[:, :, ::-1]
 
 
-def test_number_and_size_of_views_are_left_to_an_augmentation_of_ones_own(run):
-    """Training, the stem's patches and the online probe are what they are without the keys."""
+def test_the_size_of_views_is_left_to_an_augmentation_of_ones_own(run):
+    """Training, the stem's patches and the online probe are what they are without the key."""
     plain, plain_dir = run("plain", augment_fn=flips)
-    overrides = {"data.view_size": 16, "data.num_views": 4}
-    sized, sized_dir = run("sized", augment_fn=flips, overrides=overrides)
+    sized, sized_dir = run("sized", augment_fn=flips, overrides={"data.view_size": 16})
     assert_same_state(sized, plain)
     assert rows_without_times(sized_dir) == rows_without_times(plain_dir)
 
@@ -509,6 +508,20 @@ def test_a_stem_with_more_filters_than_eigenvectors_keeps_random_ones(tiny_confi
     directions = first.reshape(27, 27) / np.linalg.norm(first.reshape(27, 27), axis=0)
     np.testing.assert_allclose(directions.T @ directions, np.eye(27), atol=1e-5)
     np.testing.assert_array_equal(kernels["whitening"][..., 54:], kernels["random"][..., 54:])
+
+
+def test_an_augmentation_of_ones_own_makes_as_many_views_as_the_config_says(run):
+    with pytest.raises(ConfigError, match=r"makes 2 views of an image; .*num_views is 4"):
+        run(augment_fn=flips, overrides={"data.num_views": 4})
+
+    def two_pairs(key, images):
+        return flips(key, jnp.concatenate([images, images]))
+
+    with pytest.raises(ConfigError, match=r"makes 4 views of an image; .*num_views is 2"):
+        run(augment_fn=two_pairs)
+    plain, _ = run("plain", augment_fn=flips, loss_fn=invariance_only)
+    state, _ = run(augment_fn=two_pairs, loss_fn=invariance_only, overrides={"data.num_views": 4})
+    assert int(state.step) == int(plain.step)
 
 
 def test_four_views_of_an_image_are_drawn_pulled_together_and_evaluated(run, monkeypatch, capsys):

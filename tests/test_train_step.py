@@ -435,6 +435,23 @@ def test_the_probe_gives_every_pair_of_views_its_image_s_label(batch):
     assert_trees_close(after.probe.params, params, rtol=1e-3, atol=1e-5)
 
 
+def test_rows_that_are_not_the_views_of_the_images_are_refused(batch):
+    state = new_state(DENSE, some_hparams())
+
+    def one_more(key, images):
+        return dimmed(key, jnp.concatenate([images, images[:1]]))
+
+    with pytest.raises(ValueError, match="augment_fn made 9 views of 8 images"):
+        new_step(DENSE, augment_fn=one_more)(state, *batch, some_hparams())
+
+    def twice(variables, images, train):
+        (h, z), stats = dense_apply(variables, images, train)
+        return (jnp.concatenate([h, h]), z), stats
+
+    with pytest.raises(ValueError, match="gave 16 representations of 8 views"):
+        new_step(ModelFns(dense_init, twice))(state, *batch, some_hparams())
+
+
 def test_images_without_a_label_do_not_count_for_the_probe(dense_step, batch):
     images, labels = batch
     hparams = some_hparams()

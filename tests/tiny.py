@@ -3,7 +3,6 @@
 TINY = {
     "data.batch_size": 100,
     "data.num_val": 80,
-    "data.num_views": 2,
     "data.view_size": 0,
     "model.stage_sizes": (1, 1),
     "model.width": 4,

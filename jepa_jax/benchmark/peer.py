@@ -105,7 +105,7 @@ class Peer:
 
     Args:
       given: the config; an optimiser that the peer lacks is replaced by lars on both sides, and
-        more views than two by two.
+        more views than two by two of more images.
       folder: where the recipe for the other side is written.
       python: of the environment with PyTorch.
       num_images: synthetic images of either side.
@@ -128,10 +128,14 @@ class Peer:
         name = given.config.optim.name
         self.optimizer = name if name in _OPTIMIZERS else "lars"
         num_views, notes = given.config.data.num_views, []
+        self.batch_size = given.config.data.batch_size * num_views // 2
         if self.optimizer != name:
             notes.append(f"{name} is replaced by lars on both sides: the peer has no {name}")
         if num_views != 2:
-            notes.append(f"{num_views} views are replaced by 2 on both sides: the peer has no more")
+            notes.append(
+                f"{num_views} views an image are replaced by 2 of {self.batch_size} images a step "
+                "on both sides: the peer has no more"
+            )
         self.note = "; ".join(notes)
         self._recipe = folder / "recipe.json"
         self._recipe.write_text(json.dumps(self.recipe(), indent=1) + "\n")
@@ -142,7 +146,7 @@ class Peer:
         model, optim = config.model, config.optim
         names = ("width", "stem_kernel", "stem_stride", "stem_padding", "stem_pool", "expand_dim")
         return {
-            "batch_size": config.data.batch_size,
+            "batch_size": self.batch_size,
             "stage_sizes": list(model.stage_sizes),
             **{name: model[name] for name in names},
             "view_size": config.data.view_size or SIDE,
@@ -162,6 +166,7 @@ class Peer:
         changes = {
             "optim.name": self.optimizer,
             "data.num_views": 2,
+            "data.batch_size": self.batch_size,
             "training.use_amp": dtype != "float32",
             "training.dtype": dtype,
         }

@@ -19,7 +19,7 @@ from jepa_jax.benchmark import roofline
 from jepa_jax.benchmark.timing import REPEATS, spread
 from jepa_jax.config import compute_dtype, validate
 from jepa_jax.data import Dataset, from_arrays
-from jepa_jax.errors import ConfigError, TrainingError
+from jepa_jax.errors import TrainingError
 from jepa_jax.plan import Plan, initial_state, make_plan
 from jepa_jax.train import make_runner
 from jepa_jax.train_step import TrainState
@@ -45,14 +45,14 @@ def synthetic_dataset(num_images: int = NUM_IMAGES, *, side: int = SIDE) -> Data
 
 
 def fixed_views(
-    key: jax.Array, images: jax.Array, *, size: int = SIDE
+    key: jax.Array, images: jax.Array, *, size: int = SIDE, num_pairs: int = 1
 ) -> tuple[jax.Array, jax.Array]:
-    """In place of an augmentation: the images themselves, or their corner of size x size.
+    """In place of `pairs_of_views`: the images themselves, or their corner of size x size.
 
     In another order the second time, or XLA would see one view and compute it once.
     """
     del key
-    images = to_float(images)[:, :size, :size]
+    images = jnp.concatenate([to_float(images)[:, :size, :size]] * num_pairs)
     return images, images[::-1]
 
 
@@ -75,9 +75,11 @@ def synthetic_plan(config: ConfigDict, *, num_images: int = NUM_IMAGES, augment:
     config.optim.lr = RATE
     augment_fn = None
     if augment == "none":
-        if config.data.num_views != 2:
-            raise ConfigError("without augmentation there are two views: config.data.num_views=2")
-        augment_fn = functools.partial(fixed_views, size=config.data.view_size or SIDE)
+        augment_fn = functools.partial(
+            fixed_views,
+            size=config.data.view_size or SIDE,
+            num_pairs=config.data.num_views // 2,
+        )
     dataset = synthetic_dataset(num_images)
     return make_plan(config, pathlib.Path(), dataset, None, None, augment_fn, None)
 

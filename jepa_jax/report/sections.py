@@ -370,7 +370,8 @@ def training_section(run: Run) -> Section:
         items.append(Chart("learning_rate", "Learning rate", alt, draw, remark))
     if run.series("images_per_second"):
         speeds = [value for value in run.series("images_per_second") if math.isfinite(value)]
-        remark = f"Median {np.median(speeds):,.0f} images/s, each image in two views."
+        num_views = run.config.get("data.num_views", 2)
+        remark = f"Median {np.median(speeds):,.0f} images/s, each image in {num_views} views."
         draw = functools.partial(plots.throughput, run)
         items.append(Chart("throughput", "Throughput", f"By epoch. {remark}", draw, remark))
     if seconds := run.seconds():
