@@ -54,6 +54,24 @@ def _order(seed, epoch, num_images: int, batch_size: int) -> jax.Array:
     return epoch_order(stream_key(seed, "order", epoch), num_images, batch_size)
 
 
+# Of a few networks: the plans of a sweep share what is compiled.
+@functools.lru_cache(maxsize=4)
+def _state_creator(model, image_shape, num_classes: int, optimizer: str):
+    create = functools.partial(
+        create_train_state,
+        model,
+        image_shape=image_shape,
+        num_classes=num_classes,
+        optimizer=optimizer,
+    )
+    return jax.jit(create)
+
+
+@functools.lru_cache(maxsize=4)
+def _apply_at(encoder: Encoder, size: int):
+    return jax.jit(lambda variables, images: encoder.apply(variables, resize_images(images, size)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """All that is fixed before the first step."""
@@ -106,25 +124,23 @@ class Plan:
         h, z = jax.eval_shape(embed, stream_key(self.hparams.seed, "init"))
         return h.shape[-1], z.shape[-1]
 
-    @functools.cached_property
+    @property
     def apply_as_trained(self) -> Callable[[Any, jax.Array], jax.Array]:
         """`encoder.apply` of images made as large as the views, to which its statistics belong."""
-        size, apply = self.config.data.view_size, self.encoder.apply
-        if not size:
-            return apply
-        return jax.jit(lambda variables, images: apply(variables, resize_images(images, size)))
+        size = self.config.data.view_size
+        return _apply_at(self.encoder, size) if size else self.encoder.apply
 
-    @functools.cached_property
+    @property
     def create_state(self) -> Callable[[HParams], TrainState]:
         """Draws the first parameters and what goes with them; compiled once."""
-        create = functools.partial(
-            create_train_state,
-            self.encoder.model,
-            image_shape=self.dataset.image_shape,
-            num_classes=self.dataset.num_classes if self.has_labels else 0,
-            optimizer=self.config.optim.name,
-        )
-        return jax.jit(create)
+        num_classes = self.dataset.num_classes if self.has_labels else 0
+        name, shape = self.config.optim.name, self.dataset.image_shape
+        return _state_creator(self.encoder.model, shape, num_classes, name)
+
+    def with_numbers(self, config: ConfigDict, workdir: pathlib.Path) -> "Plan":
+        """The plan of a config that differs in traced numbers alone: it shares what is compiled."""
+        hparams = jax.device_put(hparams_from(config, self.steps_per_epoch))
+        return dataclasses.replace(self, config=config, workdir=workdir, hparams=hparams)
 
     def steps_of(self, epoch: int) -> int:
         """Of epoch number `epoch`, from 0."""

@@ -102,28 +102,34 @@ class Runner:
         beside = images.nbytes if placement == "device" and self.piece == 1 else 0
         check_memory(self.program, batch_size, beside)
 
-    def run(self, state: TrainState, order: np.ndarray) -> Iterator[tuple[TrainState, Any, int]]:
+    def run(
+        self, state: TrainState, order: np.ndarray, hparams: HParams | None = None
+    ) -> Iterator[tuple[TrainState, Any, int]]:
         """Runs the steps of `order [S, B]`, dataset indices.
+
+        Args:
+          state: donated.
+          order: dataset indices.
+          hparams: in place of those the runner was made with; the program is the same.
 
         Yields:
           (state, metrics of the newest steps, how many these are). The state that went in is
           donated: only the newest one yielded is alive. Nothing here waits for the device.
         """
+        hparams = self._hparams if hparams is None else hparams
         if self.piece > 1:
-            yield from self._run_scanned(state, order)
+            yield from self._run_scanned(state, order, hparams)
             return
         for images, labels in self._batches(order):
-            state, metrics = self.program(state, images, labels, self._hparams)
+            state, metrics = self.program(state, images, labels, hparams)
             yield state, metrics, 1
 
-    def _run_scanned(self, state, order):
+    def _run_scanned(self, state, order, hparams):
         for start in range(0, len(order), self.piece):
             rows = order[start : start + self.piece]
             padded = np.full((self.piece, order.shape[1]), -1, np.int32)
             padded[: len(rows)] = rows
-            state, metrics = self.program(
-                state, *self._resident, jax.device_put(padded), self._hparams
-            )
+            state, metrics = self.program(state, *self._resident, jax.device_put(padded), hparams)
             yield state, metrics, len(rows)
 
     def _batches(self, order):

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -91,14 +91,28 @@ def make_runner(plan: Plan, state: TrainState) -> Runner:
     )
 
 
-def _check_finite(metrics: dict[str, np.ndarray], last_step: int, count: int) -> None:
-    """Raises TrainingError that names the first step and term that is NaN or infinite."""
+def first_bad(metrics: Mapping[str, np.ndarray]) -> tuple[int, str] | None:
+    """(index, name) of the first loss term, loss or gradient norm that is NaN or infinite.
+
+    Args:
+      metrics: of consecutive steps, [n] each.
+
+    Returns:
+      None if all are finite.
+    """
     terms = [name for name in metrics if name not in RESERVED_METRICS]
     watched = [*terms, "loss", "grad_norm"]
     is_bad = np.stack([~np.isfinite(metrics[name]) for name in watched])
-    if is_bad.any():
-        first = int(np.argmax(is_bad.any(axis=0)))
-        name = watched[int(np.argmax(is_bad[:, first]))]
+    if not is_bad.any():
+        return None
+    first = int(np.argmax(is_bad.any(axis=0)))
+    return first, watched[int(np.argmax(is_bad[:, first]))]
+
+
+def _check_finite(metrics: dict[str, np.ndarray], last_step: int, count: int) -> None:
+    """Raises TrainingError that names the first step and term that is NaN or infinite."""
+    if bad := first_bad(metrics):
+        first, name = bad
         raise TrainingError(
             f"{name} became {metrics[name][first]} at step {last_step - count + first}: try a "
             "lower config.optim.lr; the last good checkpoint is untouched"
@@ -154,14 +168,14 @@ def _variables(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "batch_stats": state.batch_stats}
 
 
-def _online_probe(plan: Plan, state: TrainState) -> dict[str, float]:
+def online_probe(plan: Plan, state: TrainState, *, with_test: bool = True) -> dict[str, float]:
     """Accuracy of the online probe, by the running statistics, on every labelled split."""
     if not plan.has_labels:
         return {}
     dataset = plan.dataset
     _, val = split_validation(dataset, plan.config.data.num_val)
     splits = {"val": (dataset.train_images[val], dataset.train_labels[val])}
-    if dataset.test_labels is not None and (dataset.test_labels >= 0).any():
+    if with_test and dataset.test_labels is not None and (dataset.test_labels >= 0).any():
         splits["test"] = (dataset.test_images, dataset.test_labels)
     row = {}
     for split, (images, labels) in splits.items():
@@ -180,7 +194,7 @@ def _finish_epoch(loop: "_Loop", state: TrainState) -> dict[str, Any]:
     seconds = clock.seconds - progress["epoch_began"]
     progress.update(epoch=progress["epoch"] + 1, sums={}, count=0, epoch_began=clock.seconds)
     with loop.phases("online evaluation"):
-        online = _online_probe(plan, state)
+        online = online_probe(plan, state)
     with loop.phases("watch"):
         watched = _watch_collapse(loop, state, means)
     step = min(progress["epoch"] * plan.steps_per_epoch, plan.num_steps)
@@ -271,7 +285,7 @@ def _evaluate_final(plan, state, untrained, progress, session, phases) -> dict[s
             parts=("ridge", "health"),
         )
         if plan.has_labels:
-            online = _online_probe(plan, state)
+            online = online_probe(plan, state)
             accs = {name.split("/")[0]: acc for name, acc in online.items()}
             evaluation = with_online_probe(evaluation, accs)
             summary.update(_headline(evaluation))

@@ -23,7 +23,7 @@ FLOORS = (
     {"config_flags", "plan"},
     {"api", "train"},
     {"compare", "convert", "evaluate", "report"},
-    {"benchmark", "main"},
+    {"benchmark", "main", "sweep"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Arrays in, arrays out: no file, no config, no framework.

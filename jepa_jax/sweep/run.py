@@ -1,0 +1,425 @@
+"""A sweep as a whole: cells, programs, halving, files."""
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import importlib.metadata
+import pathlib
+import platform
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+import jepa_jax
+from jepa_jax import checkpoint, device
+from jepa_jax.config import validate
+from jepa_jax.data import Dataset
+from jepa_jax.errors import CheckpointError, ConfigError, JepaError
+from jepa_jax.metrics import read_json, write_json
+from jepa_jax.plan import Plan, initial_state, make_plan
+from jepa_jax.progress import Phases, say
+from jepa_jax.sweep import SCHEMA_VERSION
+from jepa_jax.sweep.axes import Point, label
+from jepa_jax.sweep.cells import (
+    DIVERGED,
+    FINISHED,
+    WAITING,
+    Cell,
+    by_program,
+    make_cell,
+    result_key,
+)
+from jepa_jax.sweep.judge import (
+    RANK_ME,
+    encoder_variables,
+    judge,
+    score,
+    score_name,
+    untrained_score,
+)
+from jepa_jax.sweep.lanes import Lanes, choose_lanes, make_lanes
+from jepa_jax.sweep.live import Live, figures_text
+from jepa_jax.sweep.result import halve, notes_of, row_of, rung_shares, spread, winner_of
+from jepa_jax.sweep.table import as_markdown
+from jepa_jax.sweep.tracks import Track, train_tracks
+
+
+@dataclasses.dataclass
+class _Program:
+    """What one compiled program needs: the plan it was made for, and its lanes."""
+
+    plan: Plan
+    lanes: Lanes
+
+
+def _environment() -> dict[str, str]:
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    return {
+        "device": device.describe(),
+        "python": platform.python_version(),
+        "jepa_jax": jepa_jax.__version__,
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+class Sweep:
+    """The points of a sweep, as far as its folder has them.
+
+    Args:
+      config: the base, see `configs/`; seeds count up from its meta.seed.
+      points: of `axes.points`.
+      workdir: created; gets cells/, sweep.json and sweep.md.
+      num_seeds: of every point.
+      stack: how many cells are trained side by side; 0 measures what is fastest.
+      factor: of successive halving; 0 for none.
+      name, command: said in the result.
+      dataset: in place of the config's.
+
+    Raises:
+      ConfigError: for a point that cannot be run, in one line that names it.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        points: Sequence[Point],
+        workdir: str | pathlib.Path,
+        *,
+        num_seeds: int = 3,
+        stack: int = 0,
+        factor: int = 0,
+        name: str = "sweep",
+        command: str = "",
+        dataset: Dataset | None = None,
+    ):
+        if num_seeds < 1:
+            raise ConfigError(f"a sweep needs at least 1 seed, got {num_seeds}")
+        if factor == 1 or factor < 0:
+            raise ConfigError(f"halving keeps one of 2 or more, got {factor}")
+        self.workdir = pathlib.Path(workdir).expanduser().absolute()
+        self._config, self._points = config, list(points)
+        self._seeds = range(config.meta.seed, config.meta.seed + num_seeds)
+        self._stack, self._factor = stack, factor
+        self._name, self._command, self._dataset = name, command, dataset
+        folder = self.workdir / "cells"
+        self._cells = [
+            [make_cell(config, point, seed, folder) for seed in self._seeds]
+            for point in self._points
+        ]
+        for point, cells in zip(self._points, self._cells, strict=True):
+            for cell in cells[:1]:
+                _validate(cell.config, point)
+        self._programs: dict[str, _Program] = {}
+        self._num_programs = 0
+        self._phases = Phases()
+        self._stopped: dict[int, str] = {}
+        self._execution: dict[str, Any] | None = None
+        self._floor: dict[str, Any] | None = None
+        self._began = time.perf_counter()
+        self._earlier: dict[str, float] = {}
+
+    # --- programs -----------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _first_plan(self) -> Plan:
+        cell = self._cells[0][0]
+        return make_plan(cell.config, self.workdir, self._dataset, None, None, None, None)
+
+    def _plan(self, cell: Cell) -> Plan:
+        first = self._first_plan
+        data, own = first.config.data, cell.config.data
+        same = all(data[k] == own[k] for k in ("dataset", "data_dir", "placement"))
+        dataset = first.dataset if same else self._dataset
+        return make_plan(cell.config, self.workdir, dataset, None, None, None, None)
+
+    def _program(self, cell: Cell, num_cells: int) -> _Program:
+        """The program of a cell, compiled when it is first asked for."""
+        if cell.program not in self._programs:
+            if not self._factor:  # with rungs every program is asked for again
+                self._programs.clear()
+                gc.collect()
+            with self._phases("compile"):
+                plan = self._plan(cell)
+                state = jax.block_until_ready(initial_state(plan))
+                num_lanes = self._lanes_for(plan, state, num_cells)
+                devices = jax.local_devices()
+                lanes = make_lanes(plan, state, num_lanes, devices[:num_lanes])
+            self._programs[cell.program] = _Program(plan, lanes)
+            self._num_programs += 1
+        return self._programs[cell.program]
+
+    def _lanes_for(self, plan: Plan, state: Any, num_cells: int) -> int:
+        if self._stack:
+            self._execution = {"lanes": self._stack, "text": f"{self._stack} side by side"}
+            if self._stack == 1:
+                self._execution["text"] = "one after another"
+            return self._stack
+        if self._execution is None:
+            lanes, text = choose_lanes(plan, state, num_cells, jax.local_devices())
+            self._execution = {"lanes": lanes, "text": text}
+            say(f"{'how':<10}{text}")
+        return min(self._execution["lanes"], max(1, num_cells))
+
+    # --- training -----------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Trains what is missing, judges it, and writes the result.
+
+        Returns:
+          the content of sweep.json.
+
+        Raises:
+          ConfigError, DataError: one line each.
+          Interrupted: on a signal, with what is finished on record.
+        """
+        _prepare(self.workdir)
+        self._read_earlier()
+        unit = "RankMe" if not self._first_plan.has_labels else "ridge, val %"
+        shares = rung_shares(len(self._points), self._factor) if self._factor else []
+        active = list(range(len(self._points)))
+        with Live(f"{len(self._points)} points, {len(self._seeds)} seeds", unit) as live:
+            try:
+                for share in [*shares, 1.0]:
+                    self._train(active, share, live)
+                    if share < 1:
+                        active = self._halve(active, share)
+            finally:
+                document = self.write()
+        document = self._conclude(document)
+        self._save(document)
+        return document
+
+    def _stop_of(self, plan: Plan, share: float) -> int:
+        return max(1, round(share * plan.num_steps))
+
+    def _train(self, active: Sequence[int], share: float, live: Live) -> None:
+        # Every point with the first seed before any with the second: an early overview.
+        order = [self._cells[place][n] for n in range(len(self._seeds)) for place in active]
+        missing = [cell for cell in order if not self._is_there(cell, share)]
+        for cells in by_program(missing).values():
+            program = self._program(cells[0], len(cells))
+            tracks = []
+            for cell in cells:
+                plan = program.plan.with_numbers(cell.config, cell.folder)
+                tracks.append(Track(cell, plan, self._stop_of(plan, share)))
+            with self._phases("lanes"):
+                seconds = train_tracks(
+                    program.lanes,
+                    tracks,
+                    on_stop=functools.partial(self._stop, live, share),
+                    on_lost=functools.partial(self._lose, live),
+                    on_news=functools.partial(self._show, live),
+                )
+            self._phases.add({"steps": seconds})
+
+    def _is_there(self, cell: Cell, share: float) -> bool:
+        record = cell.record()
+        if record is None:
+            return False
+        if record["status"] in (FINISHED, DIVERGED):
+            return True
+        return share < 1 and _rung(record, share) is not None
+
+    def _record(self, track: Track, status: str, **figures: Any) -> dict[str, Any]:
+        """Puts a track on record, with the rungs it had."""
+        earlier = track.cell.record() or {}
+        record = {
+            "status": status,
+            "steps": track.step,
+            "reason": track.reason or None,
+            "seconds": track.seconds,
+            "images": track.step * track.plan.config.data.batch_size,
+            "train_loss": track.curve[-1]["train/loss"] if track.curve else None,
+            "curve": track.curve,
+            "rungs": earlier.get("rungs", []),
+            **figures,
+        }
+        track.cell.write(record)
+        return record
+
+    def _stop(self, live: Live, share: float, track: Track, state: Any) -> None:
+        with self._phases("evaluation"):
+            variables = encoder_variables(track.plan, state)
+            if share < 1:
+                figure = score(track.plan, variables)[score_name(track.plan)]
+                track.save(state)
+                rungs = (track.cell.record() or {}).get("rungs", [])
+                rungs = [rung for rung in rungs if rung["share"] != share]
+                rungs = [*rungs, {"share": share, "step": track.step, "score": figure}]
+                self._record(track, WAITING, rungs=rungs)
+                return
+            figures = judge(track.plan, state, variables)
+            checkpoint.save_tree(track.cell.folder / "encoder", variables)
+            track.write_metrics()
+            record = self._record(track, FINISHED, **figures)
+            shutil.rmtree(track.cell.folder / "checkpoints", ignore_errors=True)
+        name = score_name(track.plan)
+        scale = 1 if name == RANK_ME else 100
+        text = figures_text(record, name, scale)
+        live.line("done", f"{label(track.cell.point)}, seed {track.cell.seed}: {text}")
+        self.write()
+
+    def _lose(self, live: Live, track: Track) -> None:
+        self._record(track, DIVERGED)
+        shutil.rmtree(track.cell.folder / "checkpoints", ignore_errors=True)
+        live.line("diverged", f"{label(track.cell.point)}, seed {track.cell.seed}: {track.reason}")
+        self.write()
+
+    def _show(self, live: Live, running: Sequence[Track]) -> None:
+        name = score_name(self._first_plan)
+        scale = 1 if name == RANK_ME else 100
+        under_way = {id(track.cell): track for track in running}
+        rows = []
+        for place, cells in enumerate(self._cells):
+            done, scores, texts = 0.0, [], []
+            for cell in cells:
+                record = cell.record() or {}
+                if (track := under_way.get(id(cell))) is not None:
+                    done += track.step / max(1, track.plan.num_steps)
+                    texts.append(f"seed {cell.seed} at step {track.step}")
+                elif record.get("status") in (FINISHED, DIVERGED):
+                    done += 1
+                if record.get(name) is not None:
+                    scores.append(record[name])
+                if record.get("reason"):
+                    texts.append(f"seed {cell.seed}: {record['reason']}")
+            mean = scale * sum(scores) / len(scores) if scores else None
+            text = "; ".join([*texts, *filter(None, [self._stopped.get(place)])])
+            rows.append((label(self._points[place]), done / len(cells), mean, text))
+        live.show(rows)
+
+    def _halve(self, active: Sequence[int], share: float) -> list[int]:
+        scores = {}
+        for place in active:
+            rungs = [_rung(cell.record() or {}, share) for cell in self._cells[place]]
+            scores[place] = [rung["score"] for rung in rungs if rung is not None]
+        kept, count = halve(scores, len(self._seeds), self._factor)
+        for place in set(active) - set(kept):
+            step = self._stop_of(self._first_plan, share)
+            self._stopped[place] = f"not among the best {len(kept)} of {count} at step {step}"
+        return kept
+
+    # --- result -------------------------------------------------------------------------------
+
+    def _read_earlier(self) -> None:
+        path = self.workdir / "sweep.json"
+        if not path.exists():
+            return
+        with contextlib.suppress(JepaError, KeyError, TypeError):
+            earlier = read_json(path)
+            if earlier["config"] == result_key(self._config):
+                self._earlier = earlier["cost"]
+                self._floor = earlier["floor"]
+                if earlier["environment"] == _environment():
+                    self._execution = earlier["execution"]
+
+    def _cost(self) -> dict[str, Any]:
+        own = self._phases.seconds
+        now = {
+            "wall_seconds": time.perf_counter() - self._began,
+            "step_seconds": own.get("steps", 0.0),
+            "compile_seconds": own.get("compile", 0.0),
+            "evaluation_seconds": own.get("evaluation", 0.0),
+            "programs": self._num_programs,
+        }
+        total = {name: value + self._earlier.get(name, 0) for name, value in now.items()}
+        parts = sum(total[f"{name}_seconds"] for name in ("step", "compile", "evaluation"))
+        return {**total, "other_seconds": max(0.0, total["wall_seconds"] - parts)}
+
+    def write(self) -> dict[str, Any]:
+        """Writes sweep.json and sweep.md of what is on record now."""
+        rows = [
+            row_of(point, cells, self._stopped.get(place))
+            for place, (point, cells) in enumerate(zip(self._points, self._cells, strict=True))
+        ]
+        name = score_name(self._first_plan)
+        axes: dict[str, list[Any]] = {}
+        for point in self._points:
+            for key, value in point.items():
+                if value not in axes.setdefault(key, []):
+                    axes[key].append(value)
+        halving = None
+        if self._factor:
+            rungs = rung_shares(len(self._points), self._factor)
+            halving = {"factor": self._factor, "rungs": rungs}
+        document = {
+            "schema_version": SCHEMA_VERSION,
+            "command": self._command,
+            "name": self._name,
+            "environment": _environment(),
+            "config": result_key(self._config),
+            "axes": axes,
+            "seeds": list(self._seeds),
+            "score": name,
+            "execution": self._execution or {"lanes": 1, "text": "all was on record"},
+            "halving": halving,
+            "rows": rows,
+            "floor": self._floor,
+            "winner": winner_of(rows, name),
+            "notes": notes_of(rows),
+            "cost": self._cost(),
+        }
+        self._save(document)
+        return document
+
+    def _save(self, document: Mapping[str, Any]) -> None:
+        write_json(self.workdir / "sweep.json", document)
+        (self.workdir / "sweep.md").write_text(as_markdown(document), encoding="utf-8")
+
+    def _conclude(self, document: dict[str, Any]) -> dict[str, Any]:
+        """Adds the floor, and the winner's look at the test set."""
+        winner = document["winner"]
+        if winner is None:
+            return document
+        cells = self._cells[self._points.index(winner["point"])]
+        plan = self._plan(cells[0])
+        with self._phases("evaluation"):
+            if self._floor is None or self._floor.get("of") != cells[0].program:
+                found = []
+                for cell in cells:
+                    found.append(untrained_score(plan.with_numbers(cell.config, cell.folder)))
+                name = document["score"]
+                self._floor = {
+                    name: spread([one[name] for one in found]),
+                    "feature_dim": plan.feature_dim,
+                    "of": cells[0].program,
+                }
+            if plan.has_labels and plan.dataset.test_labels is not None:
+                accs = [self._test(plan, cell) for cell in cells]
+                document["winner"]["test_ridge_probe_acc"] = spread(accs)
+        return {**document, "floor": self._floor, "cost": self._cost()}
+
+    def _test(self, plan: Plan, cell: Cell) -> float:
+        record = cell.record() or {}
+        if record.get("test_ridge_probe_acc") is None:
+            variables = checkpoint.load_tree(cell.folder / "encoder")
+            found = score(plan, variables, with_test=True)["test_ridge_probe_acc"]
+            record["test_ridge_probe_acc"] = found
+            cell.write(record)
+        return record["test_ridge_probe_acc"]
+
+
+def _rung(record: Mapping[str, Any], share: float) -> dict[str, Any] | None:
+    return next((rung for rung in record.get("rungs", []) if rung["share"] == share), None)
+
+
+def _validate(config: ConfigDict, point: Point) -> None:
+    try:
+        validate(config)
+    except ConfigError as error:
+        raise ConfigError(f"point {label(point)}: {error}") from error
+
+
+def _prepare(workdir: pathlib.Path) -> None:
+    try:
+        (workdir / "cells").mkdir(parents=True, exist_ok=True)
+        (workdir / "sweep.md").touch()
+    except OSError as error:
+        raise ConfigError(f"workdir {workdir} cannot be written: {error.strerror}") from error
+    if (workdir / "config.json").exists():
+        raise CheckpointError(f"{workdir} holds a run: give the sweep a folder of its own")
