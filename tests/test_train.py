@@ -356,7 +356,7 @@ def test_early_stopping_reads_validation_only(run, monkeypatch):
     val_accs = iter([0.5, 0.4, 0.3])
     monkeypatch.setattr(
         train,
-        "_online_probe",
+        "online_probe",
         lambda plan, state: {
             "val/online_probe_acc": next(val_accs, 0.0),
             "test/online_probe_acc": float(state.step) / 100,

@@ -201,8 +201,8 @@ def make_lanes(plan: Plan, state: TrainState, num_lanes: int, devices: Sequence[
 
 def choose_lanes(
     plan: Plan, state: TrainState, most: int, devices: Sequence[Any]
-) -> tuple[int, str]:
-    """How many lanes are fastest, by measuring ever larger stacks until one is not worth it.
+) -> tuple[Lanes, str]:
+    """The fastest lanes, by measuring ever larger stacks until one is not worth it.
 
     Args:
       plan: of any of the cells.
@@ -211,28 +211,33 @@ def choose_lanes(
       devices: those at hand.
 
     Returns:
-      (lanes, what was measured, in words).
+      (the lanes, what was measured, in words).
     """
+    best = make_lanes(plan, state, 1, devices[:1])
     if plan.placement == "stream" or most < 2:
-        return 1, "one after another"
-    order, texts = plan.batches_of(0), []
-    best, best_seconds = 1, math.inf
-    num_lanes = 1
+        return best, "one after another"
+    order = plan.batches_of(0)
+
+    def measured(lanes):
+        for lane in range(lanes.num_lanes):
+            lanes.load(lane, jax.tree.map(jnp.copy, state), plan.hparams)
+        return seconds_per_step(lanes, order)
+
+    best_seconds = measured(best)
+    texts = [f"1: {1e3 * best_seconds:.1f} ms"]
+    # One lane a device first, then more on each.
+    num_lanes = min(len(devices), most) if len(devices) > 1 else 2
     while num_lanes <= most:
         try:
             lanes = make_lanes(plan, state, num_lanes, devices[:num_lanes])
-            for lane in range(num_lanes):
-                lanes.load(lane, jax.tree.map(jnp.copy, state), plan.hparams)
-            seconds = seconds_per_step(lanes, order)
         except ConfigError:
             texts.append(f"{num_lanes} do not fit")
             break
+        seconds = measured(lanes)
         texts.append(f"{num_lanes}: {1e3 * seconds:.1f} ms")
         if seconds > _WORTH_IT * best_seconds:
             break
-        best, best_seconds = num_lanes, seconds
-        # One lane a device first, then more on each.
-        in_use = min(len(devices), most)
-        num_lanes = in_use if num_lanes < in_use else 2 * num_lanes
-    how = "one after another" if best == 1 else f"{best} side by side"
+        best, best_seconds = lanes, seconds
+        num_lanes *= 2
+    how = "one after another" if best.num_lanes == 1 else f"{best.num_lanes} side by side"
     return best, f"{how}; a step of one point by lanes: {', '.join(texts)}"

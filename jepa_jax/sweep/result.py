@@ -10,6 +10,8 @@ from jepa_jax.sweep.cells import DIVERGED, FINISHED, Cell
 from jepa_jax.sweep.judge import ONLINE, RANK_ME, RIDGE
 
 FIGURES = ("seconds", "train_loss", RIDGE, ONLINE, RANK_ME)
+# The winner's alone.
+TEST = "test_ridge_probe_acc"
 STOPPED, MISSING = "stopped", "missing"
 
 
@@ -103,7 +105,7 @@ def winner_of(rows: Sequence[Mapping[str, Any]], score: str) -> dict[str, Any] |
         "label": best["label"],
         "flags": as_flags(best["point"]),
         score: best[score],
-        "test_ridge_probe_acc": None,
+        TEST: spread([cell[TEST] for cell in best["cells"] if cell.get(TEST) is not None]),
         "sentence": sentence,
     }
 

@@ -44,7 +44,15 @@ from jepa_jax.sweep.judge import (
 )
 from jepa_jax.sweep.lanes import Lanes, choose_lanes, make_lanes
 from jepa_jax.sweep.live import Live, figures_text
-from jepa_jax.sweep.result import halve, notes_of, row_of, rung_shares, spread, winner_of
+from jepa_jax.sweep.result import (
+    TEST,
+    halve,
+    notes_of,
+    row_of,
+    rung_shares,
+    spread,
+    winner_of,
+)
 from jepa_jax.sweep.table import as_markdown
 from jepa_jax.sweep.tracks import Track, train_tracks
 
@@ -146,24 +154,26 @@ class Sweep:
             with self._phases("compile"):
                 plan = self._plan(cell)
                 state = jax.block_until_ready(initial_state(plan))
-                num_lanes = self._lanes_for(plan, state, num_cells)
-                devices = jax.local_devices()
-                lanes = make_lanes(plan, state, num_lanes, devices[:num_lanes])
+                lanes = self._lanes_for(plan, state, num_cells)
             self._programs[cell.program] = _Program(plan, lanes)
             self._num_programs += 1
         return self._programs[cell.program]
 
-    def _lanes_for(self, plan: Plan, state: Any, num_cells: int) -> int:
-        if self._stack:
-            self._execution = {"lanes": self._stack, "text": f"{self._stack} side by side"}
-            if self._stack == 1:
-                self._execution["text"] = "one after another"
-            return self._stack
-        if self._execution is None:
-            lanes, text = choose_lanes(plan, state, num_cells, jax.local_devices())
-            self._execution = {"lanes": lanes, "text": text}
+    def _lanes_for(self, plan: Plan, state: Any, num_cells: int) -> Lanes:
+        devices = jax.local_devices()
+        if not self._stack and self._execution is None:
+            lanes, text = choose_lanes(plan, state, num_cells, devices)
+            self._execution = {"lanes": lanes.num_lanes, "text": text}
             say(f"{'how':<10}{text}")
-        return min(self._execution["lanes"], max(1, num_cells))
+            return lanes
+        wanted = self._stack or (self._execution or {})["lanes"]
+        if self._stack:
+            text = "one after another" if wanted == 1 else f"{wanted} side by side"
+            self._execution = {"lanes": wanted, "text": text}
+        num_lanes = max(1, min(wanted, num_cells))
+        # As many on each device.
+        spread_over = max(n for n in range(1, len(devices) + 1) if num_lanes % n == 0)
+        return make_lanes(plan, state, num_lanes, devices[:spread_over])
 
     # --- training -----------------------------------------------------------------------------
 
@@ -190,9 +200,11 @@ class Sweep:
                         active = self._halve(active, share)
             finally:
                 document = self.write()
-        document = self._conclude(document)
-        self._save(document)
-        return document
+        if document["winner"] is None:
+            return document
+        with self._phases("evaluation"):
+            self._conclude(document["winner"])
+        return self.write()
 
     def _stop_of(self, plan: Plan, share: float) -> int:
         return max(1, round(share * plan.num_steps))
@@ -347,6 +359,11 @@ class Sweep:
         if self._factor:
             rungs = rung_shares(len(self._points), self._factor)
             halving = {"factor": self._factor, "rungs": rungs}
+        winner = winner_of(rows, name)
+        for row in rows:
+            if winner is None or row["point"] != winner["point"]:
+                for cell in row["cells"]:  # of an earlier winner
+                    cell.pop(TEST, None)
         document = {
             "schema_version": SCHEMA_VERSION,
             "command": self._command,
@@ -360,48 +377,37 @@ class Sweep:
             "halving": halving,
             "rows": rows,
             "floor": self._floor,
-            "winner": winner_of(rows, name),
+            "winner": winner,
             "notes": notes_of(rows),
             "cost": self._cost(),
         }
-        self._save(document)
-        return document
-
-    def _save(self, document: Mapping[str, Any]) -> None:
         write_json(self.workdir / "sweep.json", document)
         (self.workdir / "sweep.md").write_text(as_markdown(document), encoding="utf-8")
+        return document
 
-    def _conclude(self, document: dict[str, Any]) -> dict[str, Any]:
-        """Adds the floor, and the winner's look at the test set."""
-        winner = document["winner"]
-        if winner is None:
-            return document
+    def _conclude(self, winner: Mapping[str, Any]) -> None:
+        """Measures the floor of the winner, and puts its look at the test set on record."""
         cells = self._cells[self._points.index(winner["point"])]
         plan = self._plan(cells[0])
-        with self._phases("evaluation"):
-            if self._floor is None or self._floor.get("of") != cells[0].program:
-                found = []
-                for cell in cells:
-                    found.append(untrained_score(plan.with_numbers(cell.config, cell.folder)))
-                name = document["score"]
-                self._floor = {
-                    name: spread([one[name] for one in found]),
-                    "feature_dim": plan.feature_dim,
-                    "of": cells[0].program,
-                }
-            if plan.has_labels and plan.dataset.test_labels is not None:
-                accs = [self._test(plan, cell) for cell in cells]
-                document["winner"]["test_ridge_probe_acc"] = spread(accs)
-        return {**document, "floor": self._floor, "cost": self._cost()}
+        if self._floor is None or self._floor["of"] != cells[0].program:
+            scores = [
+                untrained_score(plan.with_numbers(cell.config, cell.folder)) for cell in cells
+            ]
+            name = score_name(plan)
+            self._floor = {
+                name: spread([one[name] for one in scores]),
+                "feature_dim": plan.feature_dim,
+                "of": cells[0].program,
+            }
+        if plan.has_labels and plan.dataset.test_labels is not None:
+            for cell in cells:
+                self._test(plan, cell)
 
-    def _test(self, plan: Plan, cell: Cell) -> float:
+    def _test(self, plan: Plan, cell: Cell) -> None:
         record = cell.record() or {}
-        if record.get("test_ridge_probe_acc") is None:
+        if record.get(TEST) is None:
             variables = checkpoint.load_tree(cell.folder / "encoder")
-            found = score(plan, variables, with_test=True)["test_ridge_probe_acc"]
-            record["test_ridge_probe_acc"] = found
-            cell.write(record)
-        return record["test_ridge_probe_acc"]
+            cell.write({**record, TEST: score(plan, variables, with_test=True)[TEST]})
 
 
 def _rung(record: Mapping[str, Any], share: float) -> dict[str, Any] | None:

@@ -1,0 +1,576 @@
+"""Sweeps: what is swept, equality with single runs, halving, restart, the command."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from tiny import FLAGS
+
+from jepa_jax.compare.equal_time import with_epochs
+from jepa_jax.config import known_keys
+from jepa_jax.data.cifar10 import write_cifar10
+from jepa_jax.errors import CheckpointError, ConfigError
+from jepa_jax.metrics import read_json, read_metrics
+from jepa_jax.sweep import __main__ as cli
+from jepa_jax.sweep import lanes, run, tracks
+from jepa_jax.sweep.__main__ import main
+from jepa_jax.sweep.axes import Range, as_flags, axes_of_file, axes_of_text, points, split_values
+from jepa_jax.sweep.cells import by_program, make_cell
+from jepa_jax.sweep.live import ordered
+from jepa_jax.sweep.result import halve, rung_shares, spread, winner_of
+from jepa_jax.sweep.run import Sweep
+from jepa_jax.sweep.table import as_markdown, table
+from jepa_jax.train import train_and_evaluate
+
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+ROOT = pathlib.Path(__file__).parent.parent
+CPU = str(ROOT / "configs" / "cpu.py")
+RATES = [{"optim.lr": 0.1}, {"optim.lr": 0.3}, {"optim.lr": 1e30}]
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config):
+    """Two epochs of four steps."""
+    return with_epochs(tiny_config, 2.0)
+
+
+def parse(key, text):
+    return (int if key.startswith(("data.", "model.width")) else float)(text)
+
+
+# --- what is swept --------------------------------------------------------------------------------
+
+
+def test_a_grid_is_every_combination_and_zipped_keys_go_together():
+    axes = axes_of_text(
+        ["optim.lr=0.1,0.3", "loss.std_coeff=1,25"],
+        ["optim.epochs=5,10,15", "data.batch_size=32,64,128"],
+        [],
+        parse,
+    )
+    found = points(axes)
+    assert len(found) == axes.num_points == 2 * 2 * 3
+    assert {(p["optim.lr"], p["loss.std_coeff"]) for p in found} == {
+        (0.1, 1.0),
+        (0.1, 25.0),
+        (0.3, 1.0),
+        (0.3, 25.0),
+    }
+    pairs = {(p["optim.epochs"], p["data.batch_size"]) for p in found}
+    assert pairs == {(5.0, 32), (10.0, 64), (15.0, 128)}
+
+
+def test_a_point_given_twice_is_one():
+    assert points(axes_of_text(["optim.lr=0.1,0.10,0.3"], [], [], parse)) == RATES[:2]
+
+
+def test_draws_lie_in_their_range_by_their_law_and_more_of_them_add_points():
+    texts = ["optim.lr=0.01..1:log", "loss.std_coeff=1..25", "data.batch_size=32..512"]
+    few, many = (points(axes_of_text([], [], [n, *texts], parse)) for n in ("20", "1000"))
+    assert many[:20] == few
+    rates = np.array([p["optim.lr"] for p in many])
+    weights = np.array([p["loss.std_coeff"] for p in many])
+    # The decimal logarithm of 0.01..1 is uniform in [-2, 0]: 1000 draws have a mean within 0.06.
+    assert rates.min() >= 0.01 and rates.max() <= 1 and abs(np.log10(rates).mean() + 1) < 0.06
+    assert weights.min() >= 1 and weights.max() <= 25 and abs(weights.mean() - 13) < 0.8
+    assert abs(np.corrcoef(np.log(rates), weights)[0, 1]) < 0.1
+    assert all(type(p["data.batch_size"]) is int for p in many)
+
+
+@pytest.mark.parametrize("is_log", [True, False])
+def test_a_range_ends_at_its_bounds(is_log):
+    of = Range(0.02, 5.0, is_log)
+    assert of.draw(0.0) == 0.02 and of.draw(1.0) == 5.0
+
+
+def test_a_comma_in_brackets_separates_nothing():
+    assert split_values("(1, 1),(2, 2, 2)") == ["(1, 1)", "(2, 2, 2)"]
+    assert split_values("0.1,0.3") == ["0.1", "0.3"]
+
+
+@pytest.mark.parametrize(
+    ("grid", "zipped", "drawn", "message"),
+    [
+        (["optim.lrr=1"], [], [], r"optim.lrr is not a known key \(did you mean optim.lr\?\)"),
+        (["optim.lr"], [], [], "takes KEY=VALUE"),
+        (["optim.lr="], [], [], "has no values"),
+        (["optim.lr=0.1,,1"], [], [], "has an empty value"),
+        (["optim.lr=1", "optim.lr=2"], [], [], "given twice"),
+        (["meta.seed=1"], [], [], "set by --seeds"),
+        (["logging.log_every=1"], [], [], "does not change what is learnt"),
+        ([], ["optim.lr=1,2", "optim.epochs=1"], [], "optim.lr has 2, optim.epochs has 1"),
+        ([], [], ["x", "optim.lr=1..2"], "takes a number of draws"),
+        ([], [], ["0", "optim.lr=1..2"], "takes a number of draws"),
+        ([], [], ["5"], "needs a range"),
+        ([], [], ["5", "optim.lr=2..1"], "empty or not finite"),
+        ([], [], ["5", "optim.lr=0..1:log"], "starts above 0"),
+        ([], [], ["5", "optim.lr=1..2:exp"], "ends in :log"),
+        ([], [], [], "nothing is swept"),
+    ],
+)
+def test_what_cannot_be_swept_is_one_line(grid, zipped, drawn, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        axes_of_text(grid, zipped, drawn, parse)
+    assert "\n" not in str(error.value)
+
+
+def test_an_axis_file_says_the_same_as_flags(tmp_path):
+    path = tmp_path / "axes.py"
+    path.write_text(
+        "def get_sweep():\n"
+        "    return {'grid': {'optim.lr': (0.1, 0.3)}, 'zip': {'optim.epochs': [2.0, 4.0]},\n"
+        "            'random': {'loss.std_coeff': (1.0, 25.0, 'log')}, 'num_random': 3,\n"
+        "            'config': {'optim.warmup_epochs': 1.0}}\n"
+    )
+    found = axes_of_file(path, parse)
+    same = axes_of_text(
+        ["optim.lr=0.1,0.3"], ["optim.epochs=2,4"], ["3", "loss.std_coeff=1..25:log"], parse
+    )
+    assert points(found) == points(same)
+    assert found.config == {"optim.warmup_epochs": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "does not exist"),
+        ("x = 1", r"has no function get_sweep\(\)"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("def get_sweep(): return {'grids': {}}", "returns a dict of"),
+        ("def get_sweep(): return {'grid': {'optim.lr': ()}}", "has no values"),
+    ],
+)
+def test_a_wrong_axis_file_is_one_line(tmp_path, text, message):
+    path = tmp_path / "axes.py"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        axes_of_file(path, parse)
+    assert "\n" not in str(error.value)
+
+
+def test_points_of_numbers_share_a_program_and_points_of_shapes_do_not(config, tmp_path):
+    def program(**changes):
+        point = {key.replace("__", "."): value for key, value in changes.items()}
+        return make_cell(config, point, 0, tmp_path).program
+
+    same = {
+        program(),
+        program(optim__lr=0.2),
+        program(optim__epochs=4.0),
+        program(loss__cov_coeff=3.0),
+        program(optim__weight_decay=0.1),
+        make_cell(config, {}, 7, tmp_path).program,
+    }
+    assert len(same) == 1
+    for changes in ({"data__batch_size": 50}, {"model__width": 8}, {"optim__name": "sgd"}):
+        assert program(**changes) not in same
+    cells = [make_cell(config, {"model.width": w}, s, tmp_path) for w in (4, 8) for s in (0, 1)]
+    assert [len(group) for group in by_program(cells).values()] == [2, 2]
+    assert len({cell.folder for cell in cells}) == 4
+
+
+# --- arithmetic -----------------------------------------------------------------------------------
+
+
+def test_spread_is_the_mean_and_the_sample_standard_deviation():
+    values = [0.3, 0.5, 0.9]
+    found = spread(values)
+    assert found["mean"] == pytest.approx(np.mean(values))
+    assert found["std"] == pytest.approx(np.std(values, ddof=1))
+    assert spread([0.3]) == {"mean": 0.3, "std": None, "n": 1} and spread([]) is None
+
+
+@pytest.mark.parametrize(("count", "factor"), [(6, 3), (2, 2), (9, 3), (100, 4), (1, 2)])
+def test_halving_ends_with_one_point_and_costs_less_than_all(count, factor):
+    shares = rung_shares(count, factor)
+    left, before, cost = count, 0.0, 0.0
+    for share in [*shares, 1.0]:
+        cost += left * (share - before)
+        before = share
+        if share < 1:
+            kept, of = halve({n: [float(n)] for n in range(count - left, count)}, 1, factor)
+            assert of == left and kept == list(range(count - len(kept), count))
+            left = len(kept)
+    assert left == 1
+    assert cost <= count and (count == 1 or cost < count)
+    if (count, factor) == (6, 3):
+        assert shares == pytest.approx([1 / 9, 1 / 3])
+        # 6 points for a ninth, 2 to a third, 1 to the end.
+        assert cost == pytest.approx(6 / 9 + 2 * 2 / 9 + 2 / 3)
+
+
+def test_a_point_that_lost_a_seed_ranks_below_those_that_did_not():
+    kept, _ = halve({"a": [0.9], "b": [0.1, 0.2], "c": []}, 2, 3)
+    assert kept == ["b"]
+
+
+def test_the_live_view_has_the_best_on_top_and_the_unfinished_below():
+    rows = [("a", 0.1, None, ""), ("b", 1.0, 40.0, ""), ("c", 0.9, None, ""), ("d", 1.0, 50.0, "")]
+    assert [row[0] for row in ordered(rows)] == ["d", "b", "c", "a"]
+
+
+# --- sweeps ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def swept(config, small_cifar, tmp_path_factory):
+    """(document, workdir) of two rates and one that diverges, two seeds each."""
+    workdir = tmp_path_factory.mktemp("sweep")
+    sweep = Sweep(config, RATES, workdir, num_seeds=2, stack=1, dataset=small_cifar)
+    return sweep.run(), workdir
+
+
+def cells_of(document):
+    return {(row["label"], c["seed"]): c for row in document["rows"] for c in row["cells"]}
+
+
+def test_a_cell_is_the_single_run_of_its_config(swept, config, small_cifar, tmp_path):
+    document, workdir = swept
+    own = config.copy_and_resolve_references()
+    own.optim.lr, own.meta.seed = 0.3, config.meta.seed + 1
+    train_and_evaluate(own, tmp_path / "run", dataset=small_cifar)
+    summary = read_json(tmp_path / "run" / "summary.json")
+    cell = cells_of(document)["0.3", config.meta.seed + 1]
+    for name in ("val_ridge_probe_acc", "val_online_probe_acc", "steps"):
+        assert cell[name] == summary[name], name
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["train/loss"] for row in cell["curve"]] == [row["train/loss"] for row in rows]
+    assert cell["train_loss"] == rows[-1]["train/loss"]
+
+
+def test_the_floor_is_the_same_network_untrained_and_test_is_the_winners_alone(
+    swept, config, small_cifar, tmp_path
+):
+    document, _ = swept
+    winner = document["winner"]
+    accs, floors = [], []
+    for seed in document["seeds"]:
+        own = config.copy_and_resolve_references()
+        own.update_from_flattened_dict({**winner["point"], "meta.seed": seed})
+        train_and_evaluate(own, tmp_path / str(seed), dataset=small_cifar)
+        summary = read_json(tmp_path / str(seed) / "summary.json")
+        accs.append(summary["ridge_probe_acc"])
+        floors.append(summary["val_untrained_ridge_probe_acc"])
+    assert winner["test_ridge_probe_acc"]["mean"] == pytest.approx(np.mean(accs))
+    assert document["floor"]["val_ridge_probe_acc"]["mean"] == pytest.approx(np.mean(floors))
+    for row in document["rows"]:
+        has_test = any("test_ridge_probe_acc" in cell for cell in row["cells"])
+        assert not has_test or row["label"] == winner["label"]
+
+
+def test_a_diverged_point_is_a_row_that_says_when_and_which_term(swept):
+    document, _ = swept
+    row = document["rows"][2]
+    assert row["status"] == "diverged" and row["val_ridge_probe_acc"] is None
+    for cell in row["cells"]:
+        assert cell["reason"].split(" became ")[0].endswith(("loss", "grad_norm"))
+        assert int(cell["reason"].rsplit(" ", 1)[1]) == cell["steps"] < 8
+    assert [one["status"] for one in document["rows"][:2]] == ["finished"] * 2
+    assert "diverged" in as_markdown(document) and document["winner"]["label"] != "1e+30"
+
+
+def test_one_program_serves_every_rate_and_seed(swept):
+    assert swept[0]["cost"]["programs"] == 1
+
+
+def test_the_winner_is_the_best_on_val_and_its_flags_are_its_point(swept):
+    document, _ = swept
+    best = max(document["rows"][:2], key=lambda row: row["val_ridge_probe_acc"]["mean"])
+    assert document["winner"]["point"] == best["point"]
+    assert document["winner"]["flags"] == f"--config.optim.lr={best['point']['optim.lr']}"
+    header, *rows = table(document)
+    assert header[0] == "optim.lr" and [row[0] for row in rows] == [
+        "0.1",
+        "0.3",
+        "1e+30",
+        "untrained",
+    ]
+
+
+def test_without_a_whole_point_there_is_no_winner():
+    row = {"status": "finished", "label": "x", "point": {}, "val_ridge_probe_acc": {"mean": 1.0}}
+    rows = [{**row, "cells": [{"status": "finished"}, {"status": "diverged"}]}]
+    assert winner_of(rows, "val_ridge_probe_acc") is None
+
+
+def test_flags_are_pasteable():
+    assert as_flags({"optim.lr": 0.5, "model.stage_sizes": (1, 1)}) == (
+        "--config.optim.lr=0.5 --config.model.stage_sizes=(1,1)"
+    )
+
+
+@pytest.mark.parametrize("stack", [2, 4])
+def test_a_stacked_row_is_its_single_run_to_float_tolerance(
+    swept, config, small_cifar, tmp_path, stack
+):
+    """With 6 cells, lanes take their next cell when one of theirs diverges or ends."""
+    one = cells_of(swept[0])
+    sweep = Sweep(config, RATES, tmp_path, num_seeds=2, stack=stack, dataset=small_cifar)
+    found = cells_of(sweep.run())
+    assert found.keys() == one.keys()
+    for name, cell in found.items():
+        single = one[name]
+        assert (cell["status"], cell["steps"]) == (single["status"], single["steps"]), name
+        for row, other in zip(cell["curve"], single["curve"], strict=True):
+            assert row["train/loss"] == pytest.approx(other["train/loss"], rel=1e-3)
+
+
+def test_lanes_of_different_lengths_end_each_at_its_own_step(config, small_cifar, tmp_path):
+    config = config.copy_and_resolve_references()
+    config.optim.warmup_epochs = 1.0
+    lengths = [{"optim.epochs": epochs} for epochs in (1.0, 1.5, 2.0)]
+    documents = [
+        Sweep(
+            config, lengths, tmp_path / str(stack), num_seeds=1, stack=stack, dataset=small_cifar
+        ).run()
+        for stack in (1, 2)
+    ]
+    for row, other in zip(*(document["rows"] for document in documents), strict=True):
+        assert row["cells"][0]["steps"] == round(4 * row["epochs"])
+        assert row["train_loss"]["mean"] == pytest.approx(other["train_loss"]["mean"], rel=1e-3)
+    # The first alone never left the warm-up.
+    assert documents[0]["notes"][0].startswith("1 ended inside the warm-up (1 epochs, 1 of")
+
+
+# --- restart --------------------------------------------------------------------------------------
+
+
+def forbidden(*args, **kwargs):
+    raise AssertionError("this was to be kept")
+
+
+def test_the_same_sweep_again_trains_nothing_and_a_larger_one_only_what_is_new(
+    config, small_cifar, tmp_path, monkeypatch
+):
+    def call(points):
+        return Sweep(
+            config, points, tmp_path, num_seeds=1, stack=1, factor=0, dataset=small_cifar
+        ).run()
+
+    first = call(RATES[:1])
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "train_tracks", forbidden)
+        again = call(RATES[:1])
+    assert again["rows"] == first["rows"] and again["winner"] == first["winner"]
+    started = []
+    original = tracks.Track.start
+    monkeypatch.setattr(
+        tracks.Track, "start", lambda self: started.append(self.cell.point) or original(self)
+    )
+    call(RATES[:2])
+    assert started == [RATES[1]]
+
+
+def test_a_changed_base_config_is_another_sweep(config, small_cifar, tmp_path):
+    Sweep(config, RATES[:1], tmp_path, num_seeds=1, stack=1, dataset=small_cifar).run()
+    other = config.copy_and_resolve_references()
+    other.loss.cov_coeff = 3.0
+    found = Sweep(other, RATES[:1], tmp_path, num_seeds=1, stack=1, dataset=small_cifar).run()
+    assert len(list((tmp_path / "cells").iterdir())) == 2
+    assert found["rows"][0]["status"] == "finished"
+
+
+def test_halving_stops_the_worst_and_changes_nothing_of_the_best(
+    swept, config, small_cifar, tmp_path, monkeypatch
+):
+    def call():
+        return Sweep(
+            config, RATES, tmp_path, num_seeds=2, stack=1, factor=3, dataset=small_cifar
+        ).run()
+
+    document = call()
+    statuses = sorted(row["status"] for row in document["rows"])
+    assert statuses == ["diverged", "finished", "stopped"]
+    winner = document["winner"]["label"]
+    straight, halved = cells_of(swept[0]), cells_of(document)
+    for seed in document["seeds"]:
+        one, other = straight[winner, seed], halved[winner, seed]
+        assert one["val_ridge_probe_acc"] == other["val_ridge_probe_acc"]
+        assert [r["train/loss"] for r in one["curve"]] == [r["train/loss"] for r in other["curve"]]
+    loser = next(row for row in document["rows"] if row["status"] == "stopped")
+    # A rung at a third of 8 steps.
+    assert {cell["steps"] for cell in loser["cells"]} == {3}
+    assert "not among the best 1 of 3 at step 3" in as_markdown(document)
+    monkeypatch.setattr(run, "train_tracks", forbidden)
+    assert call()["rows"] == document["rows"]
+
+
+def test_without_labels_rank_me_decides(config, small_cifar, tmp_path):
+    dataset = dataclasses.replace(small_cifar, train_labels=None, test_labels=None)
+    document = Sweep(
+        config, RATES[:2], tmp_path, num_seeds=1, stack=1, factor=2, dataset=dataset
+    ).run()
+    assert document["score"] == "rank_me"
+    finished = [row for row in document["rows"] if row["status"] == "finished"]
+    assert len(finished) == 1 and 1 <= finished[0]["rank_me"]["mean"] <= 8
+    assert "RankMe" in as_markdown(document)
+
+
+def test_the_choice_of_lanes_is_measured_and_said(config, small_cifar, tmp_path, monkeypatch):
+    times = iter([1.0, 0.6, 0.58])
+    monkeypatch.setattr(lanes, "seconds_per_step", lambda *args: next(times))
+    document = Sweep(config, RATES[:2], tmp_path, num_seeds=2, dataset=small_cifar).run()
+    assert document["execution"]["lanes"] == 2
+    for figure in ("1: 1000.0 ms", "2: 600.0 ms", "4: 580.0 ms"):
+        assert figure in document["execution"]["text"]
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(cifar_arrays, tmp_path_factory):
+    """A data folder with the fixture's images as CIFAR-10."""
+    root = tmp_path_factory.mktemp("data")
+    arrays = cifar_arrays
+    write_cifar10(
+        root,
+        (arrays["train_images"], arrays["train_labels"]),
+        (arrays["test_images"], arrays["test_labels"]),
+    )
+    return root
+
+
+def command(*arguments, environment=None):
+    return subprocess.run(
+        [sys.executable, "-m", "jepa_jax.sweep", *arguments],
+        env={**os.environ, **(environment or {})},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+SHORT = [
+    f"--config={CPU}",
+    *FLAGS,
+    "--config.optim.epochs=2",
+    "--config.optim.warmup_epochs=1",
+    "--stack=1",
+]
+
+
+def test_killed_in_the_middle_it_goes_on_with_what_is_missing(prepared, tmp_path):
+    arguments = [
+        *SHORT,
+        "--grid",
+        "optim.lr=0.1,0.2,0.3",
+        "--seeds=2",
+        f"--config.data.data_dir={prepared}",
+        f"--workdir={tmp_path / 'sweep'}",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jepa_jax.sweep", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    seen = 0
+    for line in process.stdout:
+        seen += line.startswith("done")
+        if seen == 2:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    process.stdout.close()
+    records = {
+        path: path.stat().st_mtime_ns
+        for path in (tmp_path / "sweep" / "cells").glob("*/cell.json")
+        if json.loads(path.read_text())["status"] == "finished"
+    }
+    assert 2 <= len(records) < 6
+    time.sleep(0.01)
+    found = command(*arguments)
+    assert found.returncode == 0, found.stderr
+    document = read_json(tmp_path / "sweep" / "sweep.json")
+    assert [row["status"] for row in document["rows"]] == ["finished"] * 3
+    assert all(len(row["cells"]) == 2 for row in document["rows"])
+    kept = {json.loads(path.read_text())["status"] for path in records}
+    assert kept == {"finished"}
+    # The winner's records alone are written again, with their look at the test images.
+    winners = [path for path in records if path.stat().st_mtime_ns != records[path]]
+    assert all(json.loads(path.read_text())["test_ridge_probe_acc"] is not None for path in winners)
+    assert found.stdout.count("\ndone ") == 6 - len(records)
+
+
+def test_two_devices_share_the_points_of_one_program(prepared, tmp_path):
+    arguments = [
+        *SHORT[:-1],
+        "--grid",
+        "optim.lr=0.1,0.3",
+        "--seeds=2",
+        f"--config.data.data_dir={prepared}",
+    ]
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    found = command(
+        *arguments, "--stack=2", f"--workdir={tmp_path / 'two'}", environment={"XLA_FLAGS": flags}
+    )
+    assert found.returncode == 0, found.stderr
+    alone = command(*arguments, "--stack=1", f"--workdir={tmp_path / 'one'}")
+    assert alone.returncode == 0, alone.stderr
+    two, one = (read_json(tmp_path / name / "sweep.json") for name in ("two", "one"))
+    assert two["cost"]["programs"] == one["cost"]["programs"] == 1
+    for name, cell in cells_of(two).items():
+        assert cell["train_loss"] == pytest.approx(cells_of(one)[name]["train_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing is swept"),
+        (["--grid", "optim.lrr=1"], "did you mean optim.lr?"),
+        (["--grid", "optim.lr=fast"], "optim.lr"),
+        (["--grid", "data.batch_size=1.5"], "data.batch_size"),
+        (["--grid", "optim.lr=0"], "point 0: config.optim.lr must be above 0"),
+        (["--grid", "optim.lr=1", "--config.optim.lr=2"], "is swept and given a value"),
+        (["--random", "1001", "optim.lr=1..2"], "1,001 points are more than 1,000"),
+        (["--axes", "nowhere.py"], "does not exist"),
+        (["--grid", "optim.lr=1", "--halving", "1"], "--halving must be at least 2"),
+        (["--grid", "optim.lr=1", "--stack", "0"], "--stack is auto or a number"),
+        (["--grid", "optim.lr=1", "--seeds", "0"], "--seeds must be at least 1"),
+        (["--grid", "optim.lr=1", "--axes", "x.py"], "--axes is instead of"),
+    ],
+)
+def test_bad_input_is_one_line_and_a_non_zero_exit(arguments, message, capsys, tmp_path):
+    with pytest.raises(SystemExit) as error:
+        main([f"--config={CPU}", f"--workdir={tmp_path / 'sweep'}", *arguments])
+    assert error.value.code == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ") and text.count("\n") == 1 and message in text
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_runs_folder_is_not_taken_for_a_sweep(config, small_cifar, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds a run"):
+        Sweep(config, RATES, tmp_path, dataset=small_cifar).run()
+
+
+def test_every_key_of_an_axis_is_a_key_of_the_config():
+    assert {key for point in RATES for key in point} <= set(known_keys())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.py")))
+@pytest.mark.parametrize("name", ["cpu", "rapid"])
+def test_the_shipped_axis_files_hold_for_the_shipped_configs(path, name, tmp_path):
+    """Each point is a config that can be run; the count is that of the guide's tables."""
+    arguments, common = cli._parse(
+        [f"--config={ROOT / 'configs' / name}.py", f"--axes={path}", "--seeds=3"]
+    )
+    given, axes = cli._given(arguments, common)
+    found = points(axes)
+    counts = {"lr_search": 6, "epochs_tradeoff": 5, "loss_weights": 9}
+    assert len(found) == counts[path.stem]
+    cells = [make_cell(given.config, point, 0, tmp_path) for point in found]
+    assert len(by_program(cells)) == 1
+    Sweep(given.config, found, tmp_path)
