@@ -747,34 +747,6 @@ FAULTS = [
         'speeds["theirs"] / speeds["ours"]',
         "test_benchmark.py",
     ),
-    Fault(
-        "a log-uniform range drawn uniformly",
-        "sweep/axes.py",
-        "        if self.is_log:\n",
-        "        if False:\n",
-        "test_sweep.py",
-    ),
-    Fault(
-        "the worst of a rung go on",
-        "sweep/result.py",
-        "key=rank, reverse=True",
-        "key=rank",
-        "test_sweep.py",
-    ),
-    Fault(
-        "every seed of a point is the first",
-        "sweep/cells.py",
-        "config.meta.seed = seed",
-        "config.meta.seed = 0",
-        "test_sweep.py",
-    ),
-    Fault(
-        "a diverged cell trains on",
-        "sweep/tracks.py",
-        "if bad := first_bad(metrics):",
-        "if False and (bad := first_bad(metrics)):",
-        "test_sweep.py",
-    ),
 ]
 
 

@@ -320,7 +320,8 @@ def test_a_stacked_row_is_its_single_run_to_float_tolerance(
         single = one[name]
         assert (cell["status"], cell["steps"]) == (single["status"], single["steps"]), name
         for row, other in zip(cell["curve"], single["curve"], strict=True):
-            assert row["train/loss"] == pytest.approx(other["train/loss"], rel=1e-3)
+            # bfloat16 rounds at 4e-3, and XLA may round a stack elsewhere than a single run.
+            assert row["train/loss"] == pytest.approx(other["train/loss"], rel=1e-2)
 
 
 def test_lanes_of_different_lengths_end_each_at_its_own_step(config, small_cifar, tmp_path):
