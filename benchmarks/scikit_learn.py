@@ -63,6 +63,7 @@ def main() -> None:
     probes = read_json(arguments.workdir / "evaluation.json")["probes"]
     config = read_json(arguments.workdir / "config.json")["config"]
     dataset = load_dataset(config["data"]["dataset"], data_dir=config["data"]["data_dir"])
+    dataset = dataset.with_num_train(config["data"].get("num_train", 0))
     encoder, variables = load_encoder(arguments.workdir)
     train, val = split_validation(dataset, config["data"]["num_val"])
     h, test_h = (

@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     config.data.placement = "auto"  # new; device, stream, or auto: device when it fits
     config.data.view_size = 0  # new; side of the views in pixels; 0: that of the images
     config.data.num_views = 2  # new; of every image in a step: 2, 4 or 6
+    config.data.num_train = 0  # new; so many of the training images, drawn once; 0: all
     config.data.num_val = 5000  # new; training images held out from every probe, for val/*
     config.data.mean = (0.4914, 0.4822, 0.4465)  # new; the reference's constants
     config.data.std = (0.2023, 0.1994, 0.2010)  # new

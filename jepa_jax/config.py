@@ -59,6 +59,7 @@ _KEYS = {
     "data.placement": _one_of("auto", "device", "stream"),
     "data.view_size": _Key(int, "0 or at least 8", lambda value: value == 0 or value >= 8),
     "data.num_views": _Key(int, "2, 4 or 6", lambda value: value in (2, 4, 6)),
+    "data.num_train": _Key(int, "0 or at least 2", lambda value: value == 0 or value >= 2),
     "data.num_val": _at_least(1),
     "data.mean": _CHANNELS,
     "data.std": _Key(tuple, "three numbers above 0", lambda v: len(v) == 3 and min(v) > 0),

@@ -83,8 +83,7 @@ def evaluate_run(
       ConfigError: if it does not say which dataset, and `dataset` does not either.
       DataError: if the dataset cannot be read, or is not the one that the run was trained on.
     """
-    workdir, stored = read_run(workdir)
-    which = str(which)
+    (workdir, stored), which = read_run(workdir), str(which)
     described, config = described_encoder(workdir, stored, encoder), ConfigDict(stored["config"])
     step = _step_of(workdir, which)
     data_dir = data_dir or config.data.get("data_dir", "")
@@ -94,6 +93,7 @@ def evaluate_run(
     elif isinstance(dataset, str):
         on_progress("reading the dataset")
         dataset = load_fitting(dataset, data_dir=data_dir)
+    dataset = _cut_as(stored, dataset)
     is_own = stored["dataset"] == _identity(dataset)
     state = {} if step is None else load_tree(workdir / "checkpoints" / str(step) / "state")
     if which == "latest" and (workdir / "encoder").is_dir():
@@ -140,6 +140,15 @@ def _identity(dataset: Dataset) -> dict[str, Any]:
     }
 
 
+def _cut_as(stored: dict[str, Any], dataset: Dataset) -> Dataset:
+    """The dataset with as many training images as the run used, if it is the run's own."""
+    # .get: an older run has no such key.
+    num_train = stored["config"]["data"].get("num_train", 0)
+    if dataset.name != stored["dataset"].get("name") or num_train > len(dataset.train_images):
+        return dataset
+    return dataset.with_num_train(num_train)
+
+
 def _num_val(num_images: int) -> int:
     """Images to hold out of a dataset that no config speaks of: those of CIFAR-10, or fewer."""
     return min(5000, max(num_images // 5, 1))
@@ -154,7 +163,7 @@ def _own_dataset(workdir: pathlib.Path, stored: dict[str, Any], data_dir: str) -
             f"{workdir} was trained on {stored['dataset']['name']!r}, a dataset given in Python, "
             "which is needed here: evaluate_run(workdir, dataset=...)"
         )
-    return load_fitting(name, data_dir=data_dir)
+    return _cut_as(stored, load_fitting(name, data_dir=data_dir))
 
 
 def _step_of(workdir: pathlib.Path, which: str) -> int | None:

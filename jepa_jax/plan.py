@@ -193,15 +193,24 @@ def _check_views(augment_fn: AugmentFn, config: ConfigDict, dataset: Dataset) ->
 
 
 def load_fitting(
-    name: str, *, data_dir: str = "", placement: str = "auto", num_workers: int = 2
+    name: str,
+    *,
+    data_dir: str = "",
+    placement: str = "auto",
+    num_workers: int = 2,
+    num_train: int = 0,
 ) -> Dataset:
-    """`load_dataset`, into memory only if the images are to lie on the device."""
-    load = functools.partial(load_dataset, name, data_dir=data_dir, num_workers=num_workers)
+    """`load_dataset` with `num_train` images, in memory only if they are to lie on the device."""
+
+    def load(lazy: bool) -> Dataset:
+        dataset = load_dataset(name, data_dir=data_dir, num_workers=num_workers, lazy=lazy)
+        return dataset.with_num_train(num_train)
+
     if placement == "device":
-        return load()
-    records = load(lazy=True)
+        return load(False)
+    records = load(True)
     placement = choose_placement(placement, records.train_images.nbytes)
-    return load() if placement == "device" else records
+    return load(False) if placement == "device" else records
 
 
 def make_plan(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from) -> Plan:
@@ -218,7 +227,10 @@ def make_plan(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from)
             data_dir=data.data_dir,
             placement=data.placement,
             num_workers=data.num_workers,
+            num_train=data.num_train,
         )
+    else:
+        dataset = dataset.with_num_train(config.data.num_train)
     _check_sizes(config, dataset)
     placement = choose_placement(config.data.placement, dataset.train_images.nbytes)
     scan_steps = config.training.scan_steps

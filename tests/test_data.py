@@ -157,6 +157,30 @@ def test_records_equal_arrays(root):
         lazy.train_images[np.array([60])]
 
 
+@pytest.mark.parametrize("lazy", [False, True])
+def test_fewer_training_images_are_a_part_of_more_with_their_labels(root, lazy):
+    whole = data.load_dataset("cifar10", data_dir=str(root))
+    dataset = data.load_dataset("cifar10", data_dir=str(root), lazy=lazy)
+    assert dataset.with_num_train(0) is dataset and dataset.with_num_train(60) is dataset
+    known = {image.tobytes(): n for n, image in enumerate(whole.train_images)}
+    places = {}
+    for num_train in (20, 40):
+        fewer = dataset.with_num_train(num_train)
+        assert fewer.train_images.shape == (num_train, 32, 32, 3)
+        assert fewer.train_images.nbytes == num_train * 32 * 32 * 3
+        found = [known[image.tobytes()] for image in fewer.train_images[:]]
+        assert found == sorted(set(found))
+        assert (fewer.train_labels == whole.train_labels[found]).all()
+        assert fewer.test_images is dataset.test_images
+        places[num_train] = found
+        again = fewer.with_num_train(num_train)
+        assert (again.train_images[:] == fewer.train_images[:]).all()
+    assert set(places[20]) < set(places[40])
+    assert places[20] != list(range(20))  # a dataset may be sorted by class
+    with pytest.raises(ConfigError, match="num_train .61. is more than the 60 training images"):
+        dataset.with_num_train(61)
+
+
 def streaming_threads():
     return [thread for thread in threading.enumerate() if thread.name == "stream_batches"]
 

@@ -91,6 +91,19 @@ def test_other_arrays_are_another_dataset_whatever_their_name(run, small_cifar):
     assert result["dataset"]["num_val"] == 40
 
 
+def test_a_run_of_fewer_images_is_judged_on_its_own(tiny_config, small_cifar, tmp_path):
+    config = tiny_config.copy_and_resolve_references()
+    config.data.num_train, config.optim.epochs, config.optim.warmup_epochs = 250, 1.0, 0.0
+    state = train_and_evaluate(config, tmp_path, dataset=small_cifar)
+    assert int(state.step) == 2  # of 100 images each
+    trained = read_json(tmp_path / "evaluation.json")
+    fewer = small_cifar.with_num_train(250)
+    for dataset in (small_cifar, fewer):
+        result = evaluate_run(tmp_path, dataset=dataset, parts=RIDGE)
+        assert result["dataset"]["num_train"] == 250 - config.data.num_val
+        assert ridge_of(result) == ridge_of(trained)
+
+
 def test_the_runs_own_images_without_their_labels_have_health_alone(run, small_cifar):
     unlabelled = from_arrays(small_cifar.train_images)
     result = evaluate_run(run, dataset=unlabelled, parts=("health", "ridge"))

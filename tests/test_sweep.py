@@ -1,37 +1,26 @@
 """Sweeps: what is swept, equality with single runs, halving, restart, the command."""
 
 import dataclasses
-import json
-import os
-import pathlib
-import signal
-import subprocess
-import sys
-import time
+import types
 
 import numpy as np
 import pytest
-from tiny import FLAGS
 
 from jepa_jax.compare.equal_time import with_epochs
-from jepa_jax.config import known_keys
-from jepa_jax.data.cifar10 import write_cifar10
-from jepa_jax.errors import CheckpointError, ConfigError
+from jepa_jax.errors import ConfigError, Interrupted
 from jepa_jax.metrics import read_json, read_metrics
-from jepa_jax.sweep import __main__ as cli
+from jepa_jax.plan import make_plan
 from jepa_jax.sweep import lanes, run, tracks
-from jepa_jax.sweep.__main__ import main
 from jepa_jax.sweep.axes import Range, as_flags, axes_of_file, axes_of_text, points, split_values
 from jepa_jax.sweep.cells import by_program, make_cell
 from jepa_jax.sweep.live import ordered
 from jepa_jax.sweep.result import halve, rung_shares, spread, winner_of
 from jepa_jax.sweep.run import Sweep
+from jepa_jax.sweep.shared import shared_steps
 from jepa_jax.sweep.table import as_markdown, table
 from jepa_jax.train import train_and_evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-ROOT = pathlib.Path(__file__).parent.parent
-CPU = str(ROOT / "configs" / "cpu.py")
 RATES = [{"optim.lr": 0.1}, {"optim.lr": 0.3}, {"optim.lr": 1e30}]
 
 
@@ -341,6 +330,99 @@ def test_lanes_of_different_lengths_end_each_at_its_own_step(config, small_cifar
     assert documents[0]["notes"][0].startswith("1 ended inside the warm-up (1 epochs, 1 of")
 
 
+# --- starts in common -----------------------------------------------------------------------------
+
+LENGTHS = [{"optim.epochs": epochs} for epochs in (1.0, 1.5, 2.0)]
+
+
+@pytest.fixture(scope="module")
+def of_lengths(config):
+    """Lengths that share their warm-up, an epoch of four steps."""
+    config = config.copy_and_resolve_references()
+    config.optim.warmup_epochs = 1.0
+    return config
+
+
+@pytest.fixture(scope="module")
+def lengths_alone(of_lengths, small_cifar, tmp_path_factory):
+    """Cells of a sweep a length, which therefore share nothing."""
+    folder = tmp_path_factory.mktemp("alone")
+    found = {}
+    for place, point in enumerate(LENGTHS):
+        sweep = Sweep(
+            of_lengths, [point], folder / str(place), num_seeds=2, stack=1, dataset=small_cifar
+        )
+        document = sweep.run()
+        assert document["cost"]["steps_saved"] == 0
+        found |= cells_of(document)
+    return found
+
+
+def results_of(cell):
+    """What a cell came to, without what its time was and when its test images were looked at."""
+    curve = [{k: v for k, v in row.items() if k != "train_seconds"} for row in cell["curve"]]
+    kept = ("status", "steps", "images", "reason", "train_loss", "val_ridge_probe_acc")
+    return curve, {name: cell.get(name) for name in kept}
+
+
+def test_a_warm_up_in_common_is_trained_once_and_changes_nothing(
+    of_lengths, lengths_alone, small_cifar, tmp_path
+):
+    sweep = Sweep(of_lengths, LENGTHS, tmp_path, num_seeds=2, stack=1, dataset=small_cifar)
+    document = sweep.run()
+    assert document["cost"]["steps_saved"] == 2 * 2 * 4  # seeds, other lengths, steps of warm-up
+    found = cells_of(document)
+    assert found.keys() == lengths_alone.keys()
+    for name, cell in found.items():
+        assert results_of(cell) == results_of(lengths_alone[name]), name
+        assert cell["seconds"] > cell["curve"][0]["train_seconds"] > 0 or cell["steps"] == 4
+    assert not list(tmp_path.glob("cells/*/checkpoints"))
+
+
+def test_a_stop_after_a_shared_start_loses_nothing_of_it(
+    of_lengths, lengths_alone, small_cifar, tmp_path, monkeypatch
+):
+    def sweep():
+        return Sweep(of_lengths, LENGTHS, tmp_path, num_seeds=2, stack=1, dataset=small_cifar)
+
+    def stopped(*args):
+        raise Interrupted("stopped", 15)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sweep, "_stop", stopped)
+        with pytest.raises(Interrupted):
+            sweep().run()
+    document = sweep().run()
+    assert document["cost"]["steps_saved"] == 2 * 2 * 4  # nothing of it a second time
+    for name, cell in cells_of(document).items():
+        assert results_of(cell) == results_of(lengths_alone[name]), name
+
+
+def test_what_diverges_in_a_shared_start_does_so_in_every_length(of_lengths, small_cifar, tmp_path):
+    config = of_lengths.copy_and_resolve_references()
+    config.optim.lr = config.optim.warmup_start_lr = 1e30
+    document = Sweep(config, LENGTHS, tmp_path, num_seeds=1, stack=1, dataset=small_cifar).run()
+    reasons = {cell["reason"] for cell in cells_of(document).values()}
+    assert [row["status"] for row in document["rows"]] == ["diverged"] * 3
+    assert len(reasons) == 1 and "at step" in reasons.pop()
+
+
+def test_rates_of_their_own_share_no_steps(of_lengths, small_cifar, tmp_path):
+    plan = make_plan(of_lengths, tmp_path, small_cifar, None, None, None, None)
+
+    def with_(**changes):
+        config = of_lengths.copy_and_resolve_references()
+        config.optim.update(changes)
+        return plan.with_numbers(config, tmp_path)
+
+    assert shared_steps([plan, with_(epochs=1.5)]) == 4
+    assert shared_steps([plan, with_(epochs=1.5, warmup_epochs=1.5)]) == 0
+    assert shared_steps([with_(warmup_epochs=0.0), with_(warmup_epochs=0.0, epochs=1.5)]) == 0
+    # In whole epochs: the rates part at step 6.
+    longer = [with_(warmup_epochs=1.5), with_(warmup_epochs=1.5, epochs=1.75)]
+    assert shared_steps(longer) == 4
+
+
 # --- restart --------------------------------------------------------------------------------------
 
 
@@ -415,163 +497,33 @@ def test_without_labels_rank_me_decides(config, small_cifar, tmp_path):
     assert "RankMe" in as_markdown(document)
 
 
-def test_the_choice_of_lanes_is_measured_and_said(config, small_cifar, tmp_path, monkeypatch):
-    times = iter([1.0, 0.6, 0.58])
-    monkeypatch.setattr(lanes, "seconds_per_step", lambda *args: next(times))
-    document = Sweep(config, RATES[:2], tmp_path, num_seeds=2, dataset=small_cifar).run()
-    assert document["execution"]["lanes"] == 2
-    for figure in ("1: 1000.0 ms", "2: 600.0 ms", "4: 580.0 ms"):
-        assert figure in document["execution"]["text"]
-
-
-# --- the command ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def prepared(cifar_arrays, tmp_path_factory):
-    """A data folder with the fixture's images as CIFAR-10."""
-    root = tmp_path_factory.mktemp("data")
-    arrays = cifar_arrays
-    write_cifar10(
-        root,
-        (arrays["train_images"], arrays["train_labels"]),
-        (arrays["test_images"], arrays["test_labels"]),
-    )
-    return root
-
-
-def command(*arguments, environment=None):
-    return subprocess.run(
-        [sys.executable, "-m", "jepa_jax.sweep", *arguments],
-        env={**os.environ, **(environment or {})},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
-SHORT = [
-    f"--config={CPU}",
-    *FLAGS,
-    "--config.optim.epochs=2",
-    "--config.optim.warmup_epochs=1",
-    "--stack=1",
-]
-
-
-def test_killed_in_the_middle_it_goes_on_with_what_is_missing(prepared, tmp_path):
-    arguments = [
-        *SHORT,
-        "--grid",
-        "optim.lr=0.1,0.2,0.3",
-        "--seeds=2",
-        f"--config.data.data_dir={prepared}",
-        f"--workdir={tmp_path / 'sweep'}",
-    ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jepa_jax.sweep", *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    seen = 0
-    for line in process.stdout:
-        seen += line.startswith("done")
-        if seen == 2:
-            process.send_signal(signal.SIGKILL)
-            break
-    process.wait()
-    process.stdout.close()
-    records = {
-        path: path.stat().st_mtime_ns
-        for path in (tmp_path / "sweep" / "cells").glob("*/cell.json")
-        if json.loads(path.read_text())["status"] == "finished"
-    }
-    assert 2 <= len(records) < 6
-    time.sleep(0.01)
-    found = command(*arguments)
-    assert found.returncode == 0, found.stderr
-    document = read_json(tmp_path / "sweep" / "sweep.json")
-    assert [row["status"] for row in document["rows"]] == ["finished"] * 3
-    assert all(len(row["cells"]) == 2 for row in document["rows"])
-    kept = {json.loads(path.read_text())["status"] for path in records}
-    assert kept == {"finished"}
-    # The winner's records alone are written again, with their look at the test images.
-    winners = [path for path in records if path.stat().st_mtime_ns != records[path]]
-    assert all(json.loads(path.read_text())["test_ridge_probe_acc"] is not None for path in winners)
-    assert found.stdout.count("\ndone ") == 6 - len(records)
-
-
-def test_two_devices_share_the_points_of_one_program(prepared, tmp_path):
-    arguments = [
-        *SHORT[:-1],
-        "--grid",
-        "optim.lr=0.1,0.3",
-        "--seeds=2",
-        f"--config.data.data_dir={prepared}",
-    ]
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
-    found = command(
-        *arguments, "--stack=2", f"--workdir={tmp_path / 'two'}", environment={"XLA_FLAGS": flags}
-    )
-    assert found.returncode == 0, found.stderr
-    alone = command(*arguments, "--stack=1", f"--workdir={tmp_path / 'one'}")
-    assert alone.returncode == 0, alone.stderr
-    two, one = (read_json(tmp_path / name / "sweep.json") for name in ("two", "one"))
-    assert two["cost"]["programs"] == one["cost"]["programs"] == 1
-    for name, cell in cells_of(two).items():
-        assert cell["train_loss"] == pytest.approx(cells_of(one)[name]["train_loss"], rel=1e-3)
-
-
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("platform", "num_devices", "most", "seconds", "tried", "chosen"),
     [
-        ([], "nothing is swept"),
-        (["--grid", "optim.lrr=1"], "did you mean optim.lr?"),
-        (["--grid", "optim.lr=fast"], "optim.lr"),
-        (["--grid", "data.batch_size=1.5"], "data.batch_size"),
-        (["--grid", "optim.lr=0"], "point 0: config.optim.lr must be above 0"),
-        (["--grid", "optim.lr=1", "--config.optim.lr=2"], "is swept and given a value"),
-        (["--random", "1001", "optim.lr=1..2"], "1,001 points are more than 1,000"),
-        (["--axes", "nowhere.py"], "does not exist"),
-        (["--grid", "optim.lr=1", "--halving", "1"], "--halving must be at least 2"),
-        (["--grid", "optim.lr=1", "--stack", "0"], "--stack is auto or a number"),
-        (["--grid", "optim.lr=1", "--seeds", "0"], "--seeds must be at least 1"),
-        (["--grid", "optim.lr=1", "--axes", "x.py"], "--axes is instead of"),
+        ("gpu", 1, 4, [1.0, 0.6, 0.58], [1, 2, 4], 2),  # 3 % are not worth it
+        ("gpu", 1, 3, [1.0, 0.6], [1, 2], 2),  # no more than there are cells
+        ("gpu", 4, 9, [1.0, 0.3, 0.2], [1, 4, 8], 8),
+        ("gpu", 1, 4, [1.0, 1.2], [1, 2], 1),
+        ("cpu", 4, 9, [1.0, 0.8, 0.7], [1, 2, 4], 4),  # no two on a core
+        ("cpu", 1, 9, [1.0], [1], 1),
+        ("gpu", 1, 1, [], [1], 1),
     ],
 )
-def test_bad_input_is_one_line_and_a_non_zero_exit(arguments, message, capsys, tmp_path):
-    with pytest.raises(SystemExit) as error:
-        main([f"--config={CPU}", f"--workdir={tmp_path / 'sweep'}", *arguments])
-    assert error.value.code == 2
-    text = capsys.readouterr().err
-    assert text.startswith("error: ") and text.count("\n") == 1 and message in text
-    assert not (tmp_path / "sweep").exists()
+def test_the_choice_of_lanes_is_measured_and_said(
+    monkeypatch, platform, num_devices, most, seconds, tried, chosen
+):
+    made, times = [], iter(seconds)
 
+    def make(plan, state, num_lanes, devices):
+        assert len(devices) == min(num_lanes, num_devices)
+        made.append(num_lanes)
+        return types.SimpleNamespace(num_lanes=num_lanes, load=lambda *cell: None)
 
-def test_a_runs_folder_is_not_taken_for_a_sweep(config, small_cifar, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="holds a run"):
-        Sweep(config, RATES, tmp_path, dataset=small_cifar).run()
-
-
-def test_every_key_of_an_axis_is_a_key_of_the_config():
-    assert {key for point in RATES for key in point} <= set(known_keys())
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.py")))
-@pytest.mark.parametrize("name", ["cpu", "rapid"])
-def test_the_shipped_axis_files_hold_for_the_shipped_configs(path, name, tmp_path):
-    """Each point is a config that can be run; the count is that of the guide's tables."""
-    arguments, common = cli._parse(
-        [f"--config={ROOT / 'configs' / name}.py", f"--axes={path}", "--seeds=3"]
-    )
-    given, axes = cli._given(arguments, common)
-    found = points(axes)
-    counts = {"lr_search": 6, "epochs_tradeoff": 5, "loss_weights": 9}
-    assert len(found) == counts[path.stem]
-    cells = [make_cell(given.config, point, 0, tmp_path) for point in found]
-    assert len(by_program(cells)) == 1
-    Sweep(given.config, found, tmp_path)
+    monkeypatch.setattr(lanes, "make_lanes", make)
+    monkeypatch.setattr(lanes, "seconds_per_step", lambda *arguments: next(times))
+    plan = types.SimpleNamespace(placement="device", batches_of=lambda epoch: None, hparams=None)
+    devices = [types.SimpleNamespace(platform=platform)] * num_devices
+    found, text = lanes.choose_lanes(plan, {}, most, devices)
+    assert (made, found.num_lanes) == (tried, chosen) and not list(times)
+    for num_lanes, each in zip(tried, seconds, strict=False):
+        assert f"{num_lanes}: {1e3 * each:.1f} ms" in text

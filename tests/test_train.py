@@ -625,6 +625,8 @@ def test_a_model_that_does_not_fit_is_refused_with_a_batch_that_does(run, monkey
     [
         ({"data.batch_size": 401}, "batch_size .401. is larger than the 400 training images"),
         ({"data.num_val": 400}, "num_val .400. leaves none of the 400"),
+        ({"data.num_train": 401}, "num_train .401. is more than the 400 training images"),
+        ({"data.num_train": 80, "data.batch_size": 50}, "num_val .80. leaves none of the 80"),
         ({"optim.warmup_epochs": 4.0}, "warmup_epochs .4. is longer than"),
         (
             {"data.placement": "stream", "training.scan_steps": 3},

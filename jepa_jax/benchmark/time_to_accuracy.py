@@ -46,7 +46,7 @@ _PATCH_DIMS = (1024, 4096)
 # Of a config: where files lie and what is shown, which no figure depends on.
 _NO_PART_OF_A_RUN = ("data.data_dir", "meta.model_folder", "logging.")
 # Accuracies on other images, or beside other floors, do not belong into one table.
-_SHARED = ("meta.device", "data.dataset", "data.data_dir", "data.num_val")
+_SHARED = ("meta.device", "data.dataset", "data.data_dir", "data.num_train", "data.num_val")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ from jepa_jax.train import train_and_evaluate
 
 SCHEMA_VERSION = 1
 # What decides which images the figures are of.
-_JUDGED_ON = ("data.dataset", "data.num_val")
+_JUDGED_ON = ("data.dataset", "data.num_train", "data.num_val")
 # Beyond this share the two did not train equally long, and a reader has to know.
 _TIME_TOLERANCE = 0.05
 

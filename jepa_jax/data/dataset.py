@@ -1,6 +1,7 @@
 """A dataset of images and labels, as arrays in memory or as records read when they are needed."""
 
 import concurrent.futures
+import copy
 import dataclasses
 import io
 import pathlib
@@ -11,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from jepa_jax.data import prepared
-from jepa_jax.errors import DataError
+from jepa_jax.errors import ConfigError, DataError
 
 
 class Records:
@@ -52,6 +53,13 @@ class Records:
     def nbytes(self) -> int:
         """Size of all images once they are decoded."""
         return int(np.prod(self.shape))
+
+    def take(self, index: np.ndarray) -> "Records":
+        """The records at an int array, none of them decoded."""
+        taken = copy.copy(self)
+        taken._positions = self._positions[index]
+        taken.shape = (len(taken._positions), *self.shape[1:])
+        return taken
 
     def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
         return self.read(index)[0]
@@ -122,6 +130,33 @@ class Dataset:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return tuple(self.train_images.shape[1:])
+
+    def with_num_train(self, num_train: int) -> "Dataset":
+        """The dataset with fewer training images, the same ones whenever it is asked.
+
+        Drawn at random, because a dataset may be sorted by class; in their order.
+
+        Args:
+          num_train: how many; all of them for 0.
+
+        Raises:
+          ConfigError: if there are not so many.
+        """
+        num_images = len(self.train_images)
+        if num_train > num_images:
+            raise ConfigError(
+                f"config.data.num_train ({num_train}) is more than the {num_images} training "
+                f"images of {self.name}"
+            )
+        if num_train in (0, num_images):
+            return self
+        kept = np.sort(np.random.default_rng(0).permutation(num_images)[:num_train])
+        images, labels = self.train_images, self.train_labels
+        return dataclasses.replace(
+            self,
+            train_images=images.take(kept) if isinstance(images, Records) else images[kept],
+            train_labels=None if labels is None else labels[kept],
+        )
 
 
 def from_arrays(

@@ -124,7 +124,8 @@ def _dataset_of(run: Run) -> Dataset:
     # load_dataset would fetch it.
     if prepared.find(data_dir(folder), name) is None:
         raise DataError(f"{name} is not prepared in {data_dir(folder)}")
-    return load_dataset(name, data_dir=folder, lazy=True)
+    dataset = load_dataset(name, data_dir=folder, lazy=True)
+    return dataset.with_num_train(run.config.get("data.num_train") or 0)
 
 
 def _shown_images(run: Run, dataset: Dataset) -> tuple[np.ndarray, np.ndarray, str]:

@@ -123,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from jepa_jax.sweep.table import as_text, closing_lines, table
 
         device.select(given.config.meta.device)
+        device.split_cpu()
         fit_to_device(given)
         workdir = pathlib.Path(arguments.workdir or _default_workdir(given, axes))
         found = points(axes)

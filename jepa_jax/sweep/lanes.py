@@ -101,7 +101,9 @@ class Stack:
         jitted = jax.jit(function, donate_argnums=0)
         lowered = jitted.lower(self._states, *self._resident, rows, self._hparams)
         self._program = lowered.compile()
-        check_memory(self._program, batch, 0)
+        # The CPU's devices share one memory, and each holds the images.
+        others = len(devices) - 1 if devices[0].platform == "cpu" else 0
+        check_memory(self._program, batch, others * images.nbytes)
         self._put = jax.jit(
             lambda all_, one, lane: jax.tree.map(lambda a, o: a.at[lane].set(o), all_, one),
             donate_argnums=0,
@@ -225,8 +227,10 @@ def choose_lanes(
 
     best_seconds = measured(best)
     texts = [f"1: {1e3 * best_seconds:.1f} ms"]
-    # One lane a device first, then more on each.
-    num_lanes = min(len(devices), most) if len(devices) > 1 else 2
+    # A device of its own is worth it for every lane; a core may not be, and two never share one.
+    is_cpu = devices[0].platform == "cpu"
+    num_lanes = 2 if is_cpu or len(devices) == 1 else min(len(devices), most)
+    most = min(most, len(devices)) if is_cpu else most
     while num_lanes <= most:
         try:
             lanes = make_lanes(plan, state, num_lanes, devices[:num_lanes])

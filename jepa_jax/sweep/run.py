@@ -1,5 +1,6 @@
 """A sweep as a whole: cells, programs, halving, files."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -53,6 +54,7 @@ from jepa_jax.sweep.result import (
     spread,
     winner_of,
 )
+from jepa_jax.sweep.shared import SharedStarts
 from jepa_jax.sweep.table import as_markdown
 from jepa_jax.sweep.tracks import Track, train_tracks
 
@@ -124,6 +126,7 @@ class Sweep:
                 _validate(cell.config, point)
         self._programs: dict[str, _Program] = {}
         self._num_programs = 0
+        self._steps_saved = 0
         self._phases = Phases()
         self._stopped: dict[int, str] = {}
         self._execution: dict[str, Any] | None = None
@@ -141,7 +144,7 @@ class Sweep:
     def _plan(self, cell: Cell) -> Plan:
         first = self._first_plan
         data, own = first.config.data, cell.config.data
-        same = all(data[k] == own[k] for k in ("dataset", "data_dir", "placement"))
+        same = all(data[k] == own[k] for k in ("dataset", "data_dir", "placement", "num_train"))
         dataset = first.dataset if same else self._dataset
         return make_plan(cell.config, self.workdir, dataset, None, None, None, None)
 
@@ -219,12 +222,23 @@ class Sweep:
             for cell in cells:
                 plan = program.plan.with_numbers(cell.config, cell.folder)
                 tracks.append(Track(cell, plan, self._stop_of(plan, share)))
+            if program.lanes.num_lanes > 1:
+                # The longest first, so that no lane is left alone for long at the end.
+                tracks.sort(key=lambda track: (track.cell.seed, -track.stop))
+            on_stop = functools.partial(self._stop, live, share)
+            on_lost = functools.partial(self._lose, live)
+            queue = collections.deque(tracks)
+            if not self._factor:  # rungs lie at shares of every cell's own steps
+                shared = SharedStarts(tracks)
+                queue = shared.queue
+                on_stop, on_lost = shared.on_stop(on_stop), shared.on_lost(on_lost)
+                self._steps_saved += shared.num_saved
             with self._phases("lanes"):
                 seconds = train_tracks(
                     program.lanes,
-                    tracks,
-                    on_stop=functools.partial(self._stop, live, share),
-                    on_lost=functools.partial(self._lose, live),
+                    queue,
+                    on_stop=on_stop,
+                    on_lost=on_lost,
                     on_news=functools.partial(self._show, live),
                 )
             self._phases.add({"steps": seconds})
@@ -338,6 +352,7 @@ class Sweep:
             "compile_seconds": own.get("compile", 0.0),
             "evaluation_seconds": own.get("evaluation", 0.0),
             "programs": self._num_programs,
+            "steps_saved": self._steps_saved,
         }
         total = {name: value + self._earlier.get(name, 0) for name, value in now.items()}
         parts = sum(total[f"{name}_seconds"] for name in ("step", "compile", "evaluation"))

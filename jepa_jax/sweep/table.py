@@ -74,9 +74,12 @@ def closing_lines(document: Mapping[str, Any]) -> list[str]:
         "other": cost["other_seconds"],
     }
     text = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in parts.items())
+    saved = ""
+    if cost["steps_saved"]:
+        saved = f"; {cost['steps_saved']} steps that points share were trained once"
     lines = [
         f"{'how':<10}{document['execution']['text']}",
-        f"{'cost':<10}{duration(cost['wall_seconds'])}: {text}; {cost['programs']} programs",
+        f"{'cost':<10}{duration(cost['wall_seconds'])}: {text}; {cost['programs']} programs{saved}",
         *(f"{'note':<10}{note}" for note in document["notes"]),
     ]
     winner = document["winner"]

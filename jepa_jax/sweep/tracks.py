@@ -3,9 +3,10 @@
 A cell that diverges leaves its lane, and the next one takes it.
 """
 
+import collections
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -57,6 +58,22 @@ class Track:
         self.cell.clear()
         claim_workdir(self.plan, False)
         return state
+
+    def take_over(self, other: "Track", state: TrainState) -> None:
+        """Begins where another one stands, whose steps so far are this one's as well."""
+        self.cell.clear()
+        claim_workdir(self.plan, False)
+        self._follow(other)
+        self.save(state)
+
+    def lose_with(self, other: "Track") -> None:
+        """Ends where another one diverged, whose steps so far are this one's as well."""
+        self._follow(other)
+        self.reason = other.reason
+
+    def _follow(self, other: "Track") -> None:
+        self.step, self.seconds, self.curve = other.step, other.seconds, list(other.curve)
+        self._sums, self._count = dict(other._sums), other._count
 
     def save(self, state: TrainState) -> None:
         """Puts the state where `start` finds it, whole before this returns."""
@@ -156,7 +173,7 @@ def _advance(lanes: Lanes, running: list[Track | None]) -> float:
 
 def train_tracks(
     lanes: Lanes,
-    tracks: Iterable[Track],
+    tracks: collections.deque[Track],
     *,
     on_stop: Callable[[Track, TrainState], None],
     on_lost: Callable[[Track], None],
@@ -166,7 +183,7 @@ def train_tracks(
 
     Args:
       lanes: of a program that serves them all.
-      tracks: in the order in which they begin.
+      tracks: in the order in which they begin; `on_stop` may add to them.
       on_stop: called with each that reached its stop, and its state.
       on_lost: called with each that diverged.
       on_news: called with those under way, an epoch of steps later at most.
@@ -174,12 +191,12 @@ def train_tracks(
     Returns:
       seconds of all steps together.
     """
-    waiting: Iterator[Track] = iter(tracks)
     running: list[Track | None] = [None] * lanes.num_lanes
     seconds = 0.0
     while True:
         for lane, track in enumerate(running):
-            if track is None and (following := next(waiting, None)) is not None:
+            if track is None and tracks:
+                following = tracks.popleft()
                 lanes.load(lane, following.start(), following.plan.hparams)
                 running[lane] = following
         if not any(running):
