@@ -10,6 +10,7 @@ from jepa_jax.compare.equal_time import with_epochs
 from jepa_jax.errors import ConfigError, Interrupted
 from jepa_jax.metrics import read_json, read_metrics
 from jepa_jax.plan import make_plan
+from jepa_jax.report.sweep_table import as_markdown, table
 from jepa_jax.sweep import lanes, run, tracks
 from jepa_jax.sweep.axes import Range, as_flags, axes_of_file, axes_of_text, points, split_values
 from jepa_jax.sweep.cells import by_program, make_cell
@@ -17,7 +18,6 @@ from jepa_jax.sweep.live import ordered
 from jepa_jax.sweep.result import halve, rung_shares, spread, winner_of
 from jepa_jax.sweep.run import Sweep
 from jepa_jax.sweep.shared import shared_steps
-from jepa_jax.sweep.table import as_markdown, table
 from jepa_jax.train import train_and_evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")

@@ -1,4 +1,4 @@
-"""A run, or several, as one HTML page: has it collapsed, by which term, is its number a number?"""
+"""A run, several, or a sweep as one HTML page: is a number a number, and what made it?"""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def write_report(
     out: str | os.PathLike[str] | None = None,
     dataset: Dataset | None = None,
 ) -> pathlib.Path:
-    """Writes a page about one run, or one that compares several.
+    """Writes a page about one run, about one sweep, or one that compares several runs.
 
     `OUT/report.html` holds everything and asks no host for anything; `OUT/report/` has its figures
     as PNGs. Both are replaced when they exist; the page is written whole or not at all.
 
     Args:
-      workdirs: folders of runs, finished or not, or of imported weights. What a folder lacks is
-        named on the page, with the command that gives it.
+      workdirs: folders of runs, finished or not, of imported weights, or of one sweep. What a
+        folder lacks is named on the page, with the command that gives it.
       out: a folder; for one run its own by default, for several `comparison` in $EBJEPA_CKPTS or
         runs/.
       dataset: in place of the config's, for the images of one run.

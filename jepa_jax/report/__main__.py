@@ -11,8 +11,8 @@ from jepa_jax.command import Parser, errors_as_lines, with_huge_pages
 from jepa_jax.report import write_report
 
 _DESCRIPTION = """\
-Writes report.html about a run, with its figures as PNGs in report/ beside it; several runs give a
-comparison. The page is one file and needs no network.
+Writes report.html about a run or a sweep, with its figures as PNGs in report/ beside it; several
+runs give a comparison. The page is one file and needs no network.
 """
 
 
@@ -20,7 +20,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; `argv` is without the program's name, by default this process's."""
     parser = Parser(prog="python -m jepa_jax.report", description=_DESCRIPTION)
     parser.add_argument(
-        "--workdir", required=True, action="append", help="a run's folder; may be given again"
+        "--workdir",
+        required=True,
+        action="append",
+        help="a run's folder, which may be given again, or a sweep's",
     )
     parser.add_argument(
         "--out", help="where to write; the run's folder, or runs/comparison for several"

@@ -13,6 +13,7 @@ from jepa_jax.report.page import html_of
 from jepa_jax.report.pictures import take_pictures
 from jepa_jax.report.plots import render
 from jepa_jax.report.sections import Chart, Report, comparison_of, report_of
+from jepa_jax.report.sweep_page import holds_sweep, read_sweep, sweep_report
 from jepa_jax.report.theme import DARK, LIGHT
 
 _PAGE, _FIGURES = "report.html", "report"
@@ -27,8 +28,10 @@ def write(
     """See `jepa_jax.report.write_report`."""
     if not workdirs:
         raise ConfigError("give the folder of at least one run")
-    runs = read_runs(workdirs)
-    if len(runs) == 1:
+    first = pathlib.Path(workdirs[0]).expanduser().absolute()
+    if len(workdirs) == 1 and holds_sweep(first):
+        folder, report = first, sweep_report(read_sweep(first))
+    elif len(runs := read_runs(workdirs)) == 1:
         folder = runs[0].workdir
         report = report_of(runs[0], take_pictures(runs[0], dataset))
     else:

@@ -119,8 +119,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with errors_as_lines(_INTERRUPTED), stop_on_signals(_INTERRUPTED):
         given, axes = _given(arguments, common)
         from jepa_jax import device
+        from jepa_jax.compare.table import as_text
+        from jepa_jax.report import write_report
+        from jepa_jax.report.sweep_table import closing_lines, table
         from jepa_jax.sweep.run import Sweep
-        from jepa_jax.sweep.table import as_text, closing_lines, table
 
         device.select(given.config.meta.device)
         device.split_cpu()
@@ -139,8 +141,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         say(f"{'sweep':<10}{len(found)} points, {arguments.seeds} seeds each: {workdir}")
         document = sweep.run()
-        say("\n".join(["", as_text(table(document)), "", *closing_lines(document)]))
+        closing = [f"{name:<10}{text}" for name, text in closing_lines(document)]
+        say("\n".join(["", as_text(table(document)), "", *closing]))
         say(f"{'written':<10}{workdir}: sweep.json, sweep.md, cells/")
+        say(f"{'report':<10}{write_report([workdir])}")
         if document["winner"] is None:
             raise TrainingError("no point finished with every seed")
 

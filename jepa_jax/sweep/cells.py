@@ -25,7 +25,8 @@ from jepa_jax.sweep.axes import Point, label
 _NO_PART = ("logging.", "meta.device", *PLACES)
 # Of a folder; file systems end at 255 bytes, and a number follows.
 _LONGEST_NAME = 100
-FINISHED, DIVERGED, WAITING = "finished", "diverged", "waiting"
+# The record of a cell that goes on after a rung.
+WAITING = "waiting"
 
 
 @dataclasses.dataclass(frozen=True)

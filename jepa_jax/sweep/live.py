@@ -9,7 +9,8 @@ import rich.console
 import rich.live
 import rich.table
 
-from jepa_jax.progress import say
+from jepa_jax.progress import duration, say
+from jepa_jax.report.sweep_table import RANK_ME, scale_of
 
 # Of a terminal's height, for what was printed above.
 _MARGIN = 6
@@ -60,8 +61,10 @@ def ordered(
     return sorted(rows, key=lambda row: (row[2] is None, -(row[2] or 0.0), -row[1]))
 
 
-def figures_text(record: Mapping[str, Any], score: str, scale: float) -> str:
+def figures_text(record: Mapping[str, Any], score: str) -> str:
     """A cell's result in a line."""
     if record["reason"]:
         return record["reason"]
-    return f"{score} {scale * record[score]:.2f}, {record['seconds']:.1f} s of training"
+    value = f"{scale_of(score) * record[score]:.2f}"
+    figure = f"RankMe {value}" if score == RANK_ME else f"val ridge {value} %"
+    return f"{figure}, {duration(record['seconds'])} of training"

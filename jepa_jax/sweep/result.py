@@ -5,14 +5,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jepa_jax.compare.statistic import paired_interval
+from jepa_jax.report.sweep_table import (
+    DIVERGED,
+    FINISHED,
+    ONLINE,
+    RANK_ME,
+    RIDGE,
+    STOPPED,
+    scale_of,
+)
 from jepa_jax.sweep.axes import Point, as_flags, label
-from jepa_jax.sweep.cells import DIVERGED, FINISHED, Cell
-from jepa_jax.sweep.judge import ONLINE, RANK_ME, RIDGE
+from jepa_jax.sweep.cells import Cell
 
 FIGURES = ("seconds", "train_loss", RIDGE, ONLINE, RANK_ME)
 # The winner's alone.
 TEST = "test_ridge_probe_acc"
-STOPPED, MISSING = "stopped", "missing"
+MISSING = "missing"
 
 
 def spread(values: Sequence[float]) -> dict[str, Any] | None:
@@ -84,7 +92,7 @@ def winner_of(rows: Sequence[Mapping[str, Any]], score: str) -> dict[str, Any] |
         return None
     others = [row for row in rows if row is not best]
     second = best_row(others, score)
-    unit = 100 if score != RANK_ME else 1
+    unit = scale_of(score)
     sentence = f"{best['label']} is the best of {len(rows)}"
     if second is None:
         sentence += ", the only one that finished" if others else ""

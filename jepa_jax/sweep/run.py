@@ -24,11 +24,10 @@ from jepa_jax.errors import CheckpointError, ConfigError, JepaError
 from jepa_jax.metrics import read_json, write_json
 from jepa_jax.plan import Plan, initial_state, make_plan
 from jepa_jax.progress import Phases, say
+from jepa_jax.report.sweep_table import DIVERGED, FINISHED, as_markdown, scale_of
 from jepa_jax.sweep import SCHEMA_VERSION
 from jepa_jax.sweep.axes import Point, label
 from jepa_jax.sweep.cells import (
-    DIVERGED,
-    FINISHED,
     WAITING,
     Cell,
     by_program,
@@ -36,7 +35,6 @@ from jepa_jax.sweep.cells import (
     result_key,
 )
 from jepa_jax.sweep.judge import (
-    RANK_ME,
     encoder_variables,
     judge,
     score,
@@ -55,7 +53,6 @@ from jepa_jax.sweep.result import (
     winner_of,
 )
 from jepa_jax.sweep.shared import SharedStarts
-from jepa_jax.sweep.table import as_markdown
 from jepa_jax.sweep.tracks import Track, train_tracks
 
 
@@ -285,8 +282,7 @@ class Sweep:
             record = self._record(track, FINISHED, **figures)
             shutil.rmtree(track.cell.folder / "checkpoints", ignore_errors=True)
         name = score_name(track.plan)
-        scale = 1 if name == RANK_ME else 100
-        text = figures_text(record, name, scale)
+        text = figures_text(record, name)
         live.line("done", f"{label(track.cell.point)}, seed {track.cell.seed}: {text}")
         self.write()
 
@@ -298,7 +294,7 @@ class Sweep:
 
     def _show(self, live: Live, running: Sequence[Track]) -> None:
         name = score_name(self._first_plan)
-        scale = 1 if name == RANK_ME else 100
+        scale = scale_of(name)
         under_way = {id(track.cell): track for track in running}
         rows = []
         for place, cells in enumerate(self._cells):
