@@ -25,8 +25,8 @@ from jepa_jax import (
     load_encoder,
     train_and_evaluate,
 )
-from jepa_jax.compare.equal_time import with_epochs
 from jepa_jax.config import feature_dim
+from jepa_jax.pace import with_epochs
 from jepa_jax.plan import clean_images, untrained_variables
 from jepa_jax.random_patches import FEATURES_PER_FILTER, random_patches
 from jepa_jax.representation import reestimate_batch_stats

@@ -4,6 +4,7 @@ What XLA is told here is for whole processes, so only commands call `select`; a 
 own that trains on a CPU may do the same before JAX's first use.
 """
 
+import contextlib
 import os
 import pathlib
 import platform
@@ -51,10 +52,12 @@ def split_cpu() -> None:
     """Makes every core a CPU device, before JAX's first use; GPUs stay what they are.
 
     Two small networks on a core each train faster than one after another on both cores
-    (docs/sweeps.md). A number of devices in XLA_FLAGS comes first.
+    (docs/sweeps.md). A number of devices in XLA_FLAGS comes first, and where JAX has started
+    already its devices stay what they are.
     """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", os.cpu_count())
 
 
 def _choose_convolutions() -> None:

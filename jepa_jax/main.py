@@ -7,12 +7,14 @@ and a non-zero exit.
 import os
 import pathlib
 import re
+import time
 from collections.abc import Sequence
 
 from absl import app, flags
 
 from jepa_jax import config_flags
 from jepa_jax.command import errors_as_lines, with_huge_pages
+from jepa_jax.errors import ConfigError
 
 _WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -23,6 +25,11 @@ _WORKDIR = flags.DEFINE_string(
 _REPORT = flags.DEFINE_bool("report", True, "Whether to write report.html at the end.")
 _PROFILE = flags.DEFINE_bool(
     "profile", False, "Whether to write a trace of a few steps to WORKDIR/profile."
+)
+_BUDGET = flags.DEFINE_string(
+    "budget",
+    "",
+    "Time for all of it up to the summary, as 90s, 10m or 1h30m: chooses config.optim.epochs.",
 )
 _INIT_FROM = flags.DEFINE_string("init_from", "", "Another run's folder, to start from.")
 
@@ -39,12 +46,15 @@ def _default_workdir(given: config_flags.GivenConfig) -> pathlib.Path:
     for key, value in sorted(given.overrides.items()):
         if not key.startswith(("logging.", "meta.device")):
             name += f",{key}={value}"
+    if _BUDGET.value:
+        name += f",budget={_BUDGET.value}"
     name = re.sub(r"[^\w.,=+-]", "", name)
     return pathlib.Path(os.environ.get("EBJEPA_CKPTS", "runs")) / name
 
 
 def _main(argv: Sequence[str]) -> None:
     del argv
+    began = time.perf_counter()
     given = config_flags.parsed_config(flags.FLAGS)
     config = given.config
     with errors_as_lines("interrupted; the same command goes on from the last checkpoint"):
@@ -56,9 +66,30 @@ def _main(argv: Sequence[str]) -> None:
         device.select(config.meta.device)
         config_flags.fit_to_device(given)
         workdir = pathlib.Path(_WORKDIR.value or _default_workdir(given)).expanduser()
-        train_and_evaluate(config, workdir, init_from=_INIT_FROM.value, profile=_PROFILE.value)
+        dataset = None
+        if _BUDGET.value:
+            config, dataset = _fitted(given, workdir, began)
+        train_and_evaluate(
+            config,
+            workdir,
+            dataset=dataset,
+            init_from=_INIT_FROM.value,
+            profile=_PROFILE.value,
+        )
         if _REPORT.value:
             _write_report(workdir)
+
+
+def _fitted(given: config_flags.GivenConfig, workdir: pathlib.Path, began: float):
+    """The config for --budget, and the dataset that was read to measure its pace."""
+    from jepa_jax.pace import fit_to_budget
+    from jepa_jax.progress import seconds_of
+
+    seconds = seconds_of(_BUDGET.value)
+    if "optim.epochs" in given.overrides:
+        raise ConfigError("--budget chooses config.optim.epochs: give one of them")
+    spent = time.perf_counter() - began
+    return fit_to_budget(given.config, workdir, seconds, spent=spent, init_from=_INIT_FROM.value)
 
 
 def _write_report(workdir: pathlib.Path) -> None:

@@ -2,12 +2,15 @@
 
 import contextlib
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tqdm
+
+from jepa_jax.errors import ConfigError
 
 _SURE_AFTER_SECONDS = 5.0
 
@@ -20,6 +23,23 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60:02d} s"
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def seconds_of(text: str) -> float:
+    """'90s', '10m' or '1h30m' in seconds.
+
+    Raises:
+      ConfigError: for anything else, and for nothing at all.
+    """
+    match = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", text.replace(" ", ""))
+    try:
+        hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    except (AttributeError, ValueError):
+        hours = minutes = seconds = 0.0
+    total = 3600 * hours + 60 * minutes + seconds
+    if not total > 0:
+        raise ConfigError(f"a time is written as 90s, 10m or 1h30m, got {text!r}")
+    return total
 
 
 def say(text: str) -> None:

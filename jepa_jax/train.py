@@ -218,6 +218,22 @@ def _finish_epoch(loop: "_Loop", state: TrainState) -> dict[str, Any]:
     return row
 
 
+def make_watch(plan: Plan) -> Watch:
+    """What measures the networks of a plan after every epoch."""
+    weights = {} if "loss_fn" in plan.custom else plan.loss_weights
+    return Watch(
+        plan.encoder.model,
+        augment_fn=plan.augment_fn,
+        loss_fn=plan.loss_fn,
+        term_weights={_TERM_OF[name]: weight for name, weight in weights.items()},
+        mean=plan.encoder.mean,
+        std=plan.encoder.std,
+        images=clean_images(plan.dataset.train_images),
+        batch_size=plan.config.data.batch_size,
+        hparams=plan.hparams,
+    )
+
+
 def _watch_collapse(loop: "_Loop", state: TrainState, means: dict[str, float]) -> dict[str, Any]:
     """What the watch sees, for the epoch's row; a collapse is named once, when it is first seen."""
     variables = _variables(state)
@@ -413,19 +429,7 @@ class _Loop:
 
     @functools.cached_property
     def watch(self) -> Watch:
-        plan = self.plan
-        weights = {} if "loss_fn" in plan.custom else plan.loss_weights
-        return Watch(
-            plan.encoder.model,
-            augment_fn=plan.augment_fn,
-            loss_fn=plan.loss_fn,
-            term_weights={_TERM_OF[name]: weight for name, weight in weights.items()},
-            mean=plan.encoder.mean,
-            std=plan.encoder.std,
-            images=clean_images(plan.dataset.train_images),
-            batch_size=plan.config.data.batch_size,
-            hparams=plan.hparams,
-        )
+        return make_watch(self.plan)
 
     @functools.cached_property
     def untrained_representation(self) -> dict[str, Any]:

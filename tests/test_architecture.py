@@ -22,6 +22,7 @@ FLOORS = (
     {"config", "evaluation", "runner", "watch"},
     {"config_flags", "plan"},
     {"api", "train"},
+    {"pace"},
     {"compare", "convert", "evaluate", "report"},
     {"benchmark", "main", "sweep"},
 )

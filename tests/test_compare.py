@@ -14,7 +14,7 @@ import pytest
 from scipy import stats
 from tiny import FLAGS
 
-from jepa_jax import device, plan, train
+from jepa_jax import device, pace, plan, train
 from jepa_jax.compare import SIDES, equal_time, pairs
 from jepa_jax.compare.__main__ import main
 from jepa_jax.compare.equal_time import (
@@ -22,7 +22,6 @@ from jepa_jax.compare.equal_time import (
     epochs_of_equal_time,
     measure_turns,
     step_arguments,
-    with_epochs,
 )
 from jepa_jax.compare.pairs import compare_configs
 from jepa_jax.compare.statistic import paired_interval, verdict
@@ -31,6 +30,7 @@ from jepa_jax.data import from_arrays
 from jepa_jax.data.cifar10 import write_cifar10
 from jepa_jax.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from jepa_jax.metrics import read_json, write_json
+from jepa_jax.pace import with_epochs
 from jepa_jax.plan import initial_state, make_plan
 from jepa_jax.train import train_step_of
 
@@ -174,9 +174,9 @@ def test_speeds_are_taken_in_turns_and_by_the_epoch(config, other, small_cifar, 
         log.append(len(self._order))
         return num_steps * seconds_of_step[len(self._order)]
 
-    monkeypatch.setattr(equal_time, "initial_state", lambda plan: None)
-    monkeypatch.setattr(equal_time, "make_runner", lambda *args: types.SimpleNamespace(piece=2))
-    monkeypatch.setattr(equal_time._Pace, "_run", run)
+    monkeypatch.setattr(pace, "initial_state", lambda plan: None)
+    monkeypatch.setattr(pace, "make_runner", lambda *args: types.SimpleNamespace(piece=2))
+    monkeypatch.setattr(pace.Pace, "_run", run)
     sides = {"A": config, "B": other(data__batch_size=50)}
     plans = {
         side: make_plan(each, pathlib.Path(), small_cifar, None, None, None, None)
@@ -377,7 +377,7 @@ def test_the_command_from_flags_to_verdict(cifar_arrays, tmp_path, monkeypatch, 
         test=(cifar_arrays["test_images"], cifar_arrays["test_labels"]),
     )
     monkeypatch.setattr(device, "select", lambda name: None)
-    monkeypatch.setattr(equal_time, "_TURN_SECONDS", 0.01)
+    monkeypatch.setattr(pace, "_TURN_SECONDS", 0.01)
     # The most expensive part of a run so small, and none of the comparison.
     monkeypatch.setattr(train, "_watch_collapse", lambda *args: {"watch/collapse": None})
     monkeypatch.setattr(sys, "path", [*sys.path])

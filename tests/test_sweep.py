@@ -1,21 +1,28 @@
 """Sweeps: what is swept, equality with single runs, halving, restart, the command."""
 
 import dataclasses
+import html
+import json
+import math
 import types
 
 import numpy as np
 import pytest
 
-from jepa_jax.compare.equal_time import with_epochs
-from jepa_jax.errors import ConfigError, Interrupted
+from jepa_jax.errors import CheckpointError, ConfigError, Interrupted
 from jepa_jax.metrics import read_json, read_metrics
+from jepa_jax.pace import with_epochs
 from jepa_jax.plan import make_plan
+from jepa_jax.report import write_report
+from jepa_jax.report.plots import render
+from jepa_jax.report.sweep_page import _half_width, charts_of
 from jepa_jax.report.sweep_table import as_markdown, table
+from jepa_jax.report.theme import LIGHT
 from jepa_jax.sweep import lanes, run, tracks
 from jepa_jax.sweep.axes import Range, as_flags, axes_of_file, axes_of_text, points, split_values
 from jepa_jax.sweep.cells import by_program, make_cell
 from jepa_jax.sweep.live import ordered
-from jepa_jax.sweep.result import halve, rung_shares, spread, winner_of
+from jepa_jax.sweep.result import halve, rung_shares, spread, winner_of, work_with_rungs
 from jepa_jax.sweep.run import Sweep
 from jepa_jax.sweep.shared import shared_steps
 from jepa_jax.train import train_and_evaluate
@@ -194,6 +201,22 @@ def test_halving_ends_with_one_point_and_costs_less_than_all(count, factor):
         assert shares == pytest.approx([1 / 9, 1 / 3])
         # 6 points for a ninth, 2 to a third, 1 to the end.
         assert cost == pytest.approx(6 / 9 + 2 * 2 / 9 + 2 / 3)
+
+
+@pytest.mark.parametrize(("count", "factor"), [(6, 3), (9, 3), (5, 2), (1, 3), (7, 0)])
+def test_the_work_with_rungs_is_that_of_training_every_point_to_where_it_stops(count, factor):
+    """By an independent count: epochs of every point, in thirds of thirds, one after another."""
+    alive, lengths, judged = count, [], 0
+    shares = rung_shares(count, factor) if factor else []
+    for share in shares:
+        judged += alive
+        kept = math.ceil(alive / factor)
+        lengths += [share] * (alive - kept)
+        alive = kept
+    lengths += [1.0] * alive
+    judged += alive
+    trained, judgements = work_with_rungs(count, factor)
+    assert trained == pytest.approx(sum(lengths) / count) and judgements == judged / count
 
 
 def test_a_point_that_lost_a_seed_ranks_below_those_that_did_not():
@@ -421,6 +444,121 @@ def test_rates_of_their_own_share_no_steps(of_lengths, small_cifar, tmp_path):
     # In whole epochs: the rates part at step 6.
     longer = [with_(warmup_epochs=1.5), with_(warmup_epochs=1.5, epochs=1.75)]
     assert shared_steps(longer) == 4
+
+
+# --- budget, page -------------------------------------------------------------------------------
+
+
+def test_a_budget_chooses_the_epochs_of_every_point_once(
+    config, small_cifar, tmp_path, monkeypatch
+):
+    """Of 6 cells, one program and their judgements; the schedule keeps its shape."""
+
+    def sweep(factor=0):
+        folder = tmp_path / str(factor)
+        return Sweep(
+            config, RATES, folder, num_seeds=2, stack=1, factor=factor, dataset=small_cifar
+        )
+
+    monkeypatch.setattr(run, "seconds_per_step", lambda *arguments: 0.5)
+    for factor in (0, 2):
+        fitted = sweep(factor)
+        fitted.fit_to_budget(3600.0, spent=50.0)
+        stored = read_json(tmp_path / str(factor) / "budget.json")
+        share, _ = work_with_rungs(3, factor)
+        assert stored["cost"]["epoch"] == pytest.approx(6 * share * 4 * 0.5)
+        assert stored["cost"]["fixed"] > 50.0
+        chosen = {cell.config.optim.epochs for cells in fitted._cells for cell in cells}
+        assert chosen == {stored["epochs"]} and stored["epochs"] > 2 * config.optim.epochs
+        for cell in (cell for cells in fitted._cells for cell in cells):
+            assert cell.config.optim.warmup_epochs == pytest.approx(stored["epochs"] / 2, rel=1e-4)
+    with monkeypatch.context() as patch:
+        patch.setattr(Sweep, "_measure", forbidden)
+        again = sweep()
+        again.fit_to_budget(3600.0)
+        assert {c.config.optim.epochs for cells in again._cells for c in cells} == {
+            read_json(tmp_path / "0" / "budget.json")["epochs"]
+        }
+
+
+def test_the_page_of_a_sweep_has_its_table_its_figures_and_the_winner(swept, tmp_path):
+    document, workdir = swept
+    page = write_report([workdir], out=tmp_path)
+    text = html.unescape(page.read_text())
+    for row in table(document):
+        for cell in filter(None, row):
+            assert f">{cell}<" in text, cell
+    assert document["winner"]["flags"] in text
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {
+        "key-optim-lr.png",
+        "time.png",
+    }
+    assert text.count("<figure") == 2 and "http" not in text.replace("http://www.w3.org", "")
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [{"loss.std_coeff": a, "loss.cov_coeff": b} for a in (1.0, 25.0) for b in (1.0, 5.0)],
+        [{"model.stage_sizes": (1, 1)}, {"model.stage_sizes": (1, 1, 1)}],
+        [{"optim.name": "lars"}, {"optim.name": "muon"}],
+        [{"optim.lr": 0.1}],
+    ],
+)
+@pytest.mark.parametrize("num_seeds", [1, 3])
+def test_every_kind_of_axis_has_a_figure_a_key_and_one_of_time(points, num_seeds):
+    document = {
+        **made_up(points, num_seeds),
+        "floor": {"val_ridge_probe_acc": spread([0.4] * num_seeds)},
+    }
+    charts = charts_of(json.loads(json.dumps(document)))
+    assert [chart.name for chart in charts] == [
+        *(f"key-{key.replace('.', '-')}" for key in points[0]),
+        "time",
+    ]
+    for chart in charts:
+        svg = render(chart.draw, LIGHT).decode()
+        assert "untrained 40.0" in svg and "ridge probe on validation images" in svg
+
+
+def made_up(points, num_seeds):
+    """The parts of sweep.json that figures are drawn from."""
+    rows = []
+    for place, point in enumerate(points):
+        cells = [
+            {"seed": n, "status": "finished", "reason": None, "val_ridge_probe_acc": 0.5 + 0.01 * n}
+            for n in range(num_seeds)
+        ]
+        figure = spread([cell["val_ridge_probe_acc"] + 0.02 * place for cell in cells])
+        rows.append(
+            {
+                "point": point,
+                "label": str(place),
+                "status": "finished",
+                "cells": cells,
+                "val_ridge_probe_acc": figure,
+                "seconds": spread([60.0 * (1 + place)] * num_seeds),
+            }
+        )
+    axes = {key: [] for key in points[0]}
+    for point in points:
+        for key, value in point.items():
+            if value not in axes[key]:
+                axes[key].append(value)
+    return {"rows": rows, "axes": axes, "score": "val_ridge_probe_acc", "winner": None}
+
+
+def test_the_interval_of_a_mean_is_students():
+    """By the table of t at two degrees of freedom: 4.303."""
+    figure = spread([0.50, 0.52, 0.54])
+    assert _half_width(figure) == pytest.approx(4.303 * 0.02 / 3**0.5, rel=1e-3)
+    assert _half_width(spread([0.5])) == 0.0
+
+
+def test_a_damaged_sweep_is_one_line(tmp_path):
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is not that of a sweep: run it again"):
+        write_report([tmp_path])
 
 
 # --- restart --------------------------------------------------------------------------------------

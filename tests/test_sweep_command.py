@@ -127,9 +127,36 @@ def test_two_devices_share_the_points_of_one_program(prepared, tmp_path):
         assert cell["train_loss"] == pytest.approx(cells_of(one)[name]["train_loss"], rel=1e-3)
 
 
+def test_a_budget_on_record_is_used_by_sweeps_and_runs(prepared, tmp_path):
+    """Another process than the one that measured it takes the epochs that stand there."""
+    common = [f"--config={CPU}", *FLAGS, f"--config.data.data_dir={prepared}", "--budget=10m"]
+    programs = {
+        "sweep": ["--grid", "optim.lr=0.1", "--seeds=1", "--stack=1"],
+        "main": ["--noreport"],
+    }
+    for program, own in programs.items():
+        folder = tmp_path / program
+        folder.mkdir()
+        (folder / "budget.json").write_text('{"seconds": 600.0, "epochs": 1.25, "cost": {}}')
+        found = subprocess.run(
+            [sys.executable, "-m", f"jepa_jax.{program}", *common, *own, f"--workdir={folder}"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert found.returncode == 0, found.stderr
+        assert "10 min 00 s: 1.25 epochs, as it was begun" in found.stdout
+    cell = read_json(tmp_path / "sweep" / "sweep.json")["rows"][0]["cells"][0]
+    summary = read_json(tmp_path / "main" / "summary.json")
+    assert cell["steps"] == summary["steps"] == 5
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--grid", "optim.lr=1", "--budget", "10"], "written as 90s, 10m or 1h30m"),
+        (["--grid", "optim.epochs=1,2", "--budget", "10m"], "chooses config.optim.epochs"),
         ([], "nothing is swept"),
         (["--grid", "optim.lrr=1"], "did you mean optim.lr?"),
         (["--grid", "optim.lr=fast"], "optim.lr"),

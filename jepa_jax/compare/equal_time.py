@@ -1,29 +1,25 @@
 """How many epochs of B take as long as those of A."""
 
 import dataclasses
-import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from jepa_jax.compare import PLACES, SIDES
 from jepa_jax.config import flatten, known_keys
-from jepa_jax.plan import Plan, initial_state
+from jepa_jax.pace import Pace
+from jepa_jax.plan import Plan
 from jepa_jax.progress import say
-from jepa_jax.train import make_runner
 from jepa_jax.train_step import HParams
 
 # Set by the comparison for both sides.
 _SET_HERE = ("meta.seed", "optim.epochs")
 # On neither what is learnt nor how long it takes.
 _WITHOUT_EFFECT = ("logging.", "meta.device", *PLACES)
-# Both are timed in turns of so many seconds: A B A B ...
-_TURNS, _TURN_SECONDS = 5, 2.0
+# Both are timed in turns: A B A B ...
+_TURNS = 5
 
 
 def step_arguments() -> set[str]:
@@ -46,19 +42,6 @@ def differing_keys(a: ConfigDict, b: ConfigDict) -> dict[str, list[Any]]:
     }
 
 
-def with_epochs(config: ConfigDict, epochs: float) -> ConfigDict:
-    """A copy that trains for so many epochs, with the warm-up's share of them as it was."""
-    share = config.optim.warmup_epochs / config.optim.epochs
-    is_as_it_was = epochs == config.optim.epochs
-    config = config.copy_and_resolve_references()
-    if is_as_it_was:  # to the last bit
-        return config
-    with config.ignore_type():  # a person's own file may say 2, and 1.7 is meant
-        config.optim.warmup_epochs = min(epochs, round(share * epochs, 6))
-        config.optim.epochs = epochs
-    return config
-
-
 def epochs_of_equal_time(epochs: float, turns: Sequence[tuple[float, float]]) -> float:
     """Epochs of B that take as long as `epochs` of A.
 
@@ -70,39 +53,9 @@ def epochs_of_equal_time(epochs: float, turns: Sequence[tuple[float, float]]) ->
     return float(f"{epochs * statistics.median(a / b for a, b in turns):.6g}")
 
 
-class _Pace:
-    """The compiled step of a plan over its data, for timing it."""
-
-    def __init__(self, plan: Plan):
-        state = initial_state(plan)
-        self._runner, self._state = make_runner(plan, state), state
-        self._order, self._steps_per_epoch = plan.batches_of(0), plan.steps_per_epoch
-        self._position = 0
-        self._run(self._runner.piece)  # the first call is slower than all others
-        seconds = self._run(self._runner.piece)
-        self._num_steps = self._runner.piece * max(1, math.ceil(_TURN_SECONDS / seconds))
-
-    def _run(self, num_steps: int) -> float:
-        """Seconds of so many steps, their metrics fetched as in training."""
-        rows = np.arange(self._position, self._position + num_steps) % len(self._order)
-        self._position += num_steps
-        pending = None
-        began = time.perf_counter()
-        for state, metrics, _ in self._runner.run(self._state, self._order[rows]):
-            self._state = state
-            jax.device_get(pending)
-            pending = metrics
-        jax.block_until_ready((self._state, pending))
-        return time.perf_counter() - began
-
-    def epoch_seconds(self) -> float:
-        """A turn: what an epoch takes at the pace of some seconds."""
-        return self._run(self._num_steps) / self._num_steps * self._steps_per_epoch
-
-
 def measure_turns(plans: Mapping[str, Plan]) -> list[tuple[float, float]]:
     """Seconds of an epoch of A and of B, in turns A B A B."""
-    paces = [_Pace(plans[side]) for side in SIDES]
+    paces = [Pace(plans[side]) for side in SIDES]
     return [tuple(pace.epoch_seconds() for pace in paces) for _ in range(_TURNS)]
 
 

@@ -15,13 +15,14 @@ from ml_collections import ConfigDict
 import jepa_jax
 from jepa_jax import device
 from jepa_jax.compare import PLACES, SIDES
-from jepa_jax.compare.equal_time import differing_keys, equal_time, with_epochs
+from jepa_jax.compare.equal_time import differing_keys, equal_time
 from jepa_jax.compare.statistic import CONFIDENCE, paired_interval, verdict
 from jepa_jax.compare.table import FIGURES, as_markdown, figures_text, head_lines
 from jepa_jax.config import changed_keys, flatten, validate
 from jepa_jax.data import Dataset
 from jepa_jax.errors import CheckpointError, ConfigError, JepaError, TrainingError
 from jepa_jax.metrics import read_json, write_json
+from jepa_jax.pace import with_epochs
 from jepa_jax.plan import Plan, make_plan
 from jepa_jax.progress import say
 from jepa_jax.train import train_and_evaluate

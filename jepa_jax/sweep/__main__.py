@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import sys
+import time
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from jepa_jax.command import Parser, errors_as_lines, with_huge_pages
 from jepa_jax.compare import PLACES
 from jepa_jax.config_flags import GivenConfig, fit_to_device, given_config
 from jepa_jax.errors import ConfigError, TrainingError
-from jepa_jax.progress import say
+from jepa_jax.progress import say, seconds_of
 from jepa_jax.signals import stop_on_signals
 from jepa_jax.sweep.axes import MOST_POINTS, Axes, axes_of_file, axes_of_text, points
 
@@ -47,6 +48,7 @@ def _parser() -> Parser:
     add("--seeds", type=int, default=3, help="of every point; by default 3")
     add("--stack", default="auto", help="cells side by side; auto measures what is fastest")
     add("--halving", type=int, default=0, metavar="N", help="keep the best of N at every rung")
+    add("--budget", default="", help="time for all of it, as 10m or 1h30m: chooses optim.epochs")
     add("--workdir", help="by default a folder of its own in $EBJEPA_CKPTS or runs/")
     add("--yes", action="store_true", help=f"allow more than {MOST_POINTS:,} points")
     return parser
@@ -93,6 +95,10 @@ def _given(arguments: argparse.Namespace, common: Sequence[str]) -> tuple[GivenC
     return given_config([*file, *set_by_file, *common]), axes
 
 
+def _sets_epochs(common: Sequence[str]) -> bool:
+    return any(text.startswith("--config.optim.epochs=") for text in common)
+
+
 def _default_workdir(given: GivenConfig, axes: Axes) -> pathlib.Path:
     """A folder of its own for every base config and set of keys: a changed grid adds to it."""
     common = [f"{k}={v}" for k, v in sorted(given.overrides.items()) if k not in PLACES]
@@ -116,8 +122,12 @@ def _command(argv: Sequence[str] | None) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; `argv` is without the program's name, by default this process's."""
     arguments, common = _parse(argv)
+    began = time.perf_counter()
     with errors_as_lines(_INTERRUPTED), stop_on_signals(_INTERRUPTED):
         given, axes = _given(arguments, common)
+        seconds = seconds_of(arguments.budget) if arguments.budget else 0.0
+        if seconds and ("optim.epochs" in axes.keys or _sets_epochs(common)):
+            raise ConfigError("--budget chooses config.optim.epochs: give one of them")
         from jepa_jax import device
         from jepa_jax.compare.table import as_text
         from jepa_jax.report import write_report
@@ -139,6 +149,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             name=given.name,
             command=_command(argv),
         )
+        if seconds:
+            sweep.fit_to_budget(seconds, time.perf_counter() - began)
         say(f"{'sweep':<10}{len(found)} points, {arguments.seeds} seeds each: {workdir}")
         document = sweep.run()
         closing = [f"{name:<10}{text}" for name, text in closing_lines(document)]

@@ -167,3 +167,13 @@ def rung_shares(num_points: int, factor: int) -> list[float]:
         shares.append(share)
         left = -(-left // factor)
     return sorted(shares)
+
+
+def work_with_rungs(num_points: int, factor: int) -> tuple[float, float]:
+    """(share of all points' epochs that is trained, judgements a point); (1, 1) for factor 0."""
+    trained, judged, before, left = 0.0, 0, 0.0, num_points
+    for share in [*(rung_shares(num_points, factor) if factor else []), 1.0]:
+        trained += (share - before) * left
+        judged += left
+        before, left = share, -(-left // factor) if factor else left
+    return trained / num_points, judged / num_points

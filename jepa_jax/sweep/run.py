@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import jepa_jax
@@ -22,6 +23,7 @@ from jepa_jax.config import validate
 from jepa_jax.data import Dataset
 from jepa_jax.errors import CheckpointError, ConfigError, JepaError
 from jepa_jax.metrics import read_json, write_json
+from jepa_jax.pace import Cost, chosen_epochs, with_epochs
 from jepa_jax.plan import Plan, initial_state, make_plan
 from jepa_jax.progress import Phases, say
 from jepa_jax.report.sweep_table import DIVERGED, FINISHED, as_markdown, scale_of
@@ -41,7 +43,7 @@ from jepa_jax.sweep.judge import (
     score_name,
     untrained_score,
 )
-from jepa_jax.sweep.lanes import Lanes, choose_lanes, make_lanes
+from jepa_jax.sweep.lanes import Lanes, choose_lanes, make_lanes, seconds_per_step
 from jepa_jax.sweep.live import Live, figures_text
 from jepa_jax.sweep.result import (
     TEST,
@@ -51,6 +53,7 @@ from jepa_jax.sweep.result import (
     rung_shares,
     spread,
     winner_of,
+    work_with_rungs,
 )
 from jepa_jax.sweep.shared import SharedStarts
 from jepa_jax.sweep.tracks import Track, train_tracks
@@ -113,14 +116,7 @@ class Sweep:
         self._seeds = range(config.meta.seed, config.meta.seed + num_seeds)
         self._stack, self._factor = stack, factor
         self._name, self._command, self._dataset = name, command, dataset
-        folder = self.workdir / "cells"
-        self._cells = [
-            [make_cell(config, point, seed, folder) for seed in self._seeds]
-            for point in self._points
-        ]
-        for point, cells in zip(self._points, self._cells, strict=True):
-            for cell in cells[:1]:
-                _validate(cell.config, point)
+        self._cells = self._make_cells()
         self._programs: dict[str, _Program] = {}
         self._num_programs = 0
         self._steps_saved = 0
@@ -130,6 +126,59 @@ class Sweep:
         self._floor: dict[str, Any] | None = None
         self._began = time.perf_counter()
         self._earlier: dict[str, float] = {}
+
+    def _make_cells(self) -> list[list[Cell]]:
+        folder, found = self.workdir / "cells", []
+        for point in self._points:
+            cells = [make_cell(self._config, point, seed, folder) for seed in self._seeds]
+            _validate(cells[0].config, point)
+            found.append(cells)
+        return found
+
+    # --- budget -------------------------------------------------------------------------------
+
+    def fit_to_budget(self, seconds: float, spent: float = 0.0) -> None:
+        """Chooses the epochs of every point so that the whole sweep takes so long.
+
+        Measured once: a folder that has a budget.json gets the epochs that stand there. The
+        schedule is that of the config, stretched or squeezed.
+
+        Args:
+          seconds: for compiling, training and evaluation.
+          spent: how many of them have passed.
+
+        Raises:
+          ConfigError, CheckpointError: as `pace.chosen_epochs`.
+        """
+        _prepare(self.workdir)
+        epochs = chosen_epochs(self.workdir, seconds, functools.partial(self._measure, spent))
+        self._config = with_epochs(self._config, epochs)
+        self._cells = self._make_cells()
+        self.__dict__.pop("_first_plan", None)
+
+    def _measure(self, spent: float) -> tuple[Cost, int]:
+        """What this sweep costs, an epoch being one of every point and seed."""
+        began = time.perf_counter()
+        say(f"{'measuring':<10}how fast these points train, for their budget")
+        every = [cell for cells in self._cells for cell in cells]
+        epoch = judging = 0.0
+        trained, judged = work_with_rungs(len(self._points), self._factor)
+        for cells in by_program(every).values():
+            program = self._program(cells[0], len(cells))
+            plan, lanes = program.plan, program.lanes
+            state = initial_state(plan)
+            for lane in range(lanes.num_lanes):
+                lanes.load(lane, jax.tree.map(jnp.copy, state), plan.hparams)
+            step = seconds_per_step(lanes, plan.batches_of(0))
+            epoch += trained * len(cells) * step * plan.steps_per_epoch
+            judge(plan, state, encoder_variables(plan, state))  # the first one compiles
+            start = time.perf_counter()
+            judge(plan, state, encoder_variables(plan, state))
+            judging += judged * len(cells) * (time.perf_counter() - start)
+        # The winner's floors and its look at the test images are judgements as well.
+        judging *= 1 + 2 / (judged * len(self._points))
+        fixed = spent + time.perf_counter() - began + judging
+        return Cost(fixed, epoch), self._first_plan.steps_per_epoch
 
     # --- programs -----------------------------------------------------------------------------
 
