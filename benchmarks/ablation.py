@@ -134,7 +134,7 @@ def make_step(plan: Plan):
     def step(carry, images, labels, hparams):
         state, tied = carry
         # The step's own first view and forward pass: XLA computes them once.
-        view = plan.augment_fn(stream_key(hparams.seed, "views", state.step), images)[0]
+        view = plan.views_fn(stream_key(hparams.seed, "views", state.step), images)[0]
         view = normalize(view, plan.encoder.mean, plan.encoder.std)
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         (h, _), _ = model.apply(variables, view, True)
@@ -275,7 +275,7 @@ def gradient_norms(dataset: Dataset) -> dict[str, dict[str, float]]:
     plan = make_plan(config, pathlib.Path(), dataset, None, None, None, None)
     state = initial_state(plan)
     images = jnp.asarray(dataset.train_images[:_NUM_GRADIENT_IMAGES])
-    views = plan.augment_fn(jax.random.key(0), images)
+    views = plan.views_fn(jax.random.key(0), images)
     views = [normalize(view, plan.encoder.mean, plan.encoder.std) for view in views]
 
     @jax.jit

@@ -35,6 +35,17 @@ def get_config() -> ConfigDict:
     config.data.mean = (0.4914, 0.4822, 0.4465)  # new; the reference's constants
     config.data.std = (0.2023, 0.1994, 0.2010)  # new
 
+    config.augment = ConfigDict()
+    config.augment.scale = (0.2, 1.0)  # new; share of the image that a crop takes, from and to
+    config.augment.jitter_prob = 0.8  # new; of the four colour changes together
+    config.augment.brightness = 0.4  # new; factors lie in [1 - 0.4, 1 + 0.4]
+    config.augment.contrast = 0.4  # new
+    config.augment.saturation = 0.2  # new
+    config.augment.hue = 0.1  # new; turns of the colour circle, either way
+    config.augment.grayscale_prob = 0.2  # new
+    config.augment.solarize_prob = 0.1  # new
+    config.augment.flip_prob = 0.5  # new
+
     config.model = ConfigDict()
     config.model.type = "resnet"
     config.model.use_projector = True  # False applies the loss to the representation itself

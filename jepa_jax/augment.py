@@ -120,7 +120,7 @@ def random_crop_box(
     height: int,
     width: int,
     *,
-    scale: tuple[float, float] = (0.2, 1.0),
+    scale: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike] = (0.2, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The box of a RandomResizedCrop: (top, left, height, width), int32 scalars.
@@ -153,7 +153,7 @@ def random_crop_box(
     return top, left, box_height, box_width
 
 
-def _between(uniform, low: float, high: float) -> jax.Array:
+def _between(uniform, low: jax.typing.ArrayLike, high: jax.typing.ArrayLike) -> jax.Array:
     return low + (high - low) * uniform
 
 
@@ -200,10 +200,10 @@ def color_jitter(
 def random_jitter_parameters(
     key: jax.Array,
     *,
-    brightness: float = 0.4,
-    contrast: float = 0.4,
-    saturation: float = 0.2,
-    hue: float = 0.1,
+    brightness: jax.typing.ArrayLike = 0.4,
+    contrast: jax.typing.ArrayLike = 0.4,
+    saturation: jax.typing.ArrayLike = 0.2,
+    hue: jax.typing.ArrayLike = 0.1,
 ) -> dict[str, jax.Array]:
     """What `color_jitter` needs beside the image: all 24 orders alike, every number uniform.
 
@@ -214,7 +214,7 @@ def random_jitter_parameters(
     orders = jnp.array(list(itertools.permutations(range(4))), jnp.int32)
 
     def factor(uniform, amount):
-        return _between(uniform, max(0.0, 1.0 - amount), 1.0 + amount)
+        return _between(uniform, jnp.maximum(0.0, 1.0 - amount), 1.0 + amount)
 
     return {
         "order": orders[_whole_below(uniform[0], len(orders))],
@@ -225,7 +225,9 @@ def random_jitter_parameters(
     }
 
 
-def random_color_jitter(key: jax.Array, image: jax.Array, **amounts: float) -> jax.Array:
+def random_color_jitter(
+    key: jax.Array, image: jax.Array, **amounts: jax.typing.ArrayLike
+) -> jax.Array:
     """Jitters in random order; `amounts` are those of `random_jitter_parameters`."""
     return color_jitter(image, **random_jitter_parameters(key, **amounts))
 
@@ -235,16 +237,18 @@ def random_view(
     image: jax.Array,
     *,
     size: int | None = None,
-    scale: tuple[float, float] = (0.2, 1.0),
-    jitter_prob: float = 0.8,
-    grayscale_prob: float = 0.2,
-    solarize_prob: float = 0.1,
-    flip_prob: float = 0.5,
+    scale: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike] = (0.2, 1.0),
+    jitter_prob: jax.typing.ArrayLike = 0.8,
+    grayscale_prob: jax.typing.ArrayLike = 0.2,
+    solarize_prob: jax.typing.ArrayLike = 0.1,
+    flip_prob: jax.typing.ArrayLike = 0.5,
+    **amounts: jax.typing.ArrayLike,
 ) -> jax.Array:
     """One augmented view of an image [H, W, 3] in [0, 1]: [size, size, 3] in [0, 1].
 
     RandomResizedCrop, colour jitter, greyscale, solarize at 128/255, horizontal flip, in this
-    order and each with its probability.
+    order and each with its probability. Every number but `size` may be traced; `scale` and
+    `amounts` are those of `random_crop_box` and `random_jitter_parameters`.
     """
     crop_key, jitter_key, choice_key = jax.random.split(key, 3)
     height, width, _ = image.shape
@@ -257,7 +261,7 @@ def random_view(
     # Reading the columns backwards flips the view, which no later step can tell from a flip last.
     cols = jnp.where(flipped, cols[::-1], cols)
     image = _apply_resize(image, _resize_weights(top, box_height, height, size), cols)
-    image = jnp.where(jittered, random_color_jitter(jitter_key, image), image)
+    image = jnp.where(jittered, random_color_jitter(jitter_key, image, **amounts), image)
     image = jnp.where(greyed, rgb_to_grayscale(image), image)
     return jnp.where(solarized, solarize(image, 128 / 255), image)
 

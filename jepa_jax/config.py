@@ -44,6 +44,7 @@ def _one_of(*names: str) -> _Key:
 
 _POSITIVE = _Key(float, "above 0", lambda value: value > 0)
 _NOT_NEGATIVE = _at_least(0, float)
+_SHARE = _Key(float, "in [0, 1]", lambda value: 0 <= value <= 1)
 _FLAG = _Key(bool)
 _TEXT = _Key(str)
 _CHANNELS = _Key(tuple, "three numbers", lambda value: len(value) == 3)
@@ -63,6 +64,19 @@ _KEYS = {
     "data.num_val": _at_least(1),
     "data.mean": _CHANNELS,
     "data.std": _Key(tuple, "three numbers above 0", lambda v: len(v) == 3 and min(v) > 0),
+    "augment.scale": _Key(
+        tuple,
+        "two shares of an image, 0 < from <= to <= 1",
+        lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
+    ),
+    "augment.jitter_prob": _SHARE,
+    "augment.brightness": _NOT_NEGATIVE,
+    "augment.contrast": _NOT_NEGATIVE,
+    "augment.saturation": _NOT_NEGATIVE,
+    "augment.hue": _Key(float, "in [0, 0.5]", lambda value: 0 <= value <= 0.5),
+    "augment.grayscale_prob": _SHARE,
+    "augment.solarize_prob": _SHARE,
+    "augment.flip_prob": _SHARE,
     "model.type": _one_of("resnet"),
     "model.use_projector": _FLAG,
     "model.proj_hidden_dim": _at_least(1),
@@ -247,6 +261,14 @@ def hparams_from(config: ConfigDict, steps_per_epoch: int) -> HParams:
     }
     scalars = {name: np.float32(value) for name, value in numbers.items()}
     return HParams(seed=np.uint32(config.meta.seed), **scalars)
+
+
+def view_options(config: ConfigDict) -> dict[str, float | tuple[float, float]]:
+    """The strengths of the augmentation, as `random_view` takes them."""
+    return {
+        name: tuple(value) if isinstance(value, tuple | list) else float(value)
+        for name, value in config.augment.items()
+    }
 
 
 def changed_keys(stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:

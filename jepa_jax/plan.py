@@ -22,7 +22,14 @@ from ml_collections import ConfigDict
 
 from jepa_jax import checkpoint, device
 from jepa_jax.augment import pairs_of_views, resize_images
-from jepa_jax.config import SCHEMA_VERSION, changed_keys, create_encoder, flatten, hparams_from
+from jepa_jax.config import (
+    SCHEMA_VERSION,
+    changed_keys,
+    create_encoder,
+    flatten,
+    hparams_from,
+    view_options,
+)
 from jepa_jax.data import Dataset, Records, choose_placement, epoch_order, load_dataset
 from jepa_jax.errors import CheckpointError, ConfigError
 from jepa_jax.evaluation import has_labels
@@ -125,6 +132,13 @@ class Plan:
         return h.shape[-1], z.shape[-1]
 
     @property
+    def views_fn(self) -> AugmentFn:
+        """`augment_fn` with the strengths of this config: (key, images) -> two views."""
+        if "augment_fn" in self.custom:
+            return self.augment_fn
+        return functools.partial(self.augment_fn, **view_options(self.config))
+
+    @property
     def apply_as_trained(self) -> Callable[[Any, jax.Array], jax.Array]:
         """`encoder.apply` of images made as large as the views, to which its statistics belong."""
         size = self.config.data.view_size
@@ -139,7 +153,7 @@ class Plan:
 
     def with_numbers(self, config: ConfigDict, workdir: pathlib.Path) -> "Plan":
         """The plan of a config that differs in traced numbers alone: it shares what is compiled."""
-        hparams = jax.device_put(hparams_from(config, self.steps_per_epoch))
+        hparams = _hparams(config, self.steps_per_epoch, "augment_fn" not in self.custom)
         return dataclasses.replace(self, config=config, workdir=workdir, hparams=hparams)
 
     def steps_of(self, epoch: int) -> int:
@@ -160,6 +174,15 @@ class Plan:
     def has_labels(self) -> bool:
         """Whether there is something to fit a probe to and something to choose on."""
         return has_labels(self.dataset, *split_validation(self.dataset, self.config.data.num_val))
+
+
+def _hparams(config: ConfigDict, steps_per_epoch: int, has_own_views: bool) -> HParams:
+    """On the device; the augmentation's strengths are for the config's own views alone."""
+    hparams = hparams_from(config, steps_per_epoch)
+    if has_own_views:
+        strengths = jax.tree.map(np.float32, view_options(config))
+        hparams = dataclasses.replace(hparams, augment=strengths)
+    return jax.device_put(hparams)
 
 
 def _name_of(thing: Any) -> str:
@@ -267,7 +290,7 @@ def make_plan(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from)
         workdir=workdir,
         dataset=dataset,
         encoder=create_encoder(config, encoder),
-        hparams=jax.device_put(hparams_from(config, steps_per_epoch)),
+        hparams=_hparams(config, steps_per_epoch, given["augment_fn"] is None),
         steps_per_epoch=steps_per_epoch,
         placement=placement,
         scan_steps=scan_steps,

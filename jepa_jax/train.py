@@ -223,7 +223,7 @@ def make_watch(plan: Plan) -> Watch:
     weights = {} if "loss_fn" in plan.custom else plan.loss_weights
     return Watch(
         plan.encoder.model,
-        augment_fn=plan.augment_fn,
+        augment_fn=plan.views_fn,
         loss_fn=plan.loss_fn,
         term_weights={_TERM_OF[name]: weight for name, weight in weights.items()},
         mean=plan.encoder.mean,
@@ -297,7 +297,7 @@ def _evaluate_final(plan, state, untrained, progress, session, phases) -> dict[s
             embed=plan.encoder.embed,
             untrained=untrained,
             heads={"online_clean": state.probe.params} if plan.has_labels else {},
-            augment_fn=plan.augment_fn,
+            augment_fn=plan.views_fn,
             parts=("ridge", "health"),
         )
         if plan.has_labels:

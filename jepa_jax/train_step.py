@@ -4,6 +4,7 @@ Every random number is a function of (seed, stream, step or epoch): no key is st
 run draws what the uninterrupted one would have drawn, and a new stream moves no other.
 """
 
+import dataclasses
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,7 @@ class HParams:
     Rates are per step; the schedule warms up linearly from `warmup_start_lr` to `lr` in
     `warmup_steps` and falls by a half cosine to `min_lr` at `num_steps`. With `late_epoch_steps`
     above 0, the steps of an epoch, it is the reference's: see `late_epoch_warmup_cosine`.
+    `augment` holds what augment_fn takes beside key and images, by name; nothing for one's own.
     """
 
     seed: jax.typing.ArrayLike
@@ -44,6 +46,7 @@ class HParams:
     cov_coeff: jax.typing.ArrayLike
     probe_lr: jax.typing.ArrayLike
     late_epoch_steps: jax.typing.ArrayLike = 0.0
+    augment: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @flax.struct.dataclass
@@ -67,7 +70,7 @@ class TrainState:
 
 LossFn = Callable[[jax.Array, jax.Array, jax.Array, HParams], tuple[jax.Array, Metrics]]
 TrainStep = Callable[[TrainState, jax.Array, jax.Array, HParams], tuple[TrainState, Metrics]]
-AugmentFn = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+AugmentFn = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 def stream_key(seed: jax.typing.ArrayLike, stream: str, index: jax.typing.ArrayLike = 0):
@@ -215,8 +218,9 @@ def make_train_step(
 
     Args:
       model: see `ModelFns`.
-      augment_fn: (key, images uint8 [B, H, W, C]) -> two views in [0, 1], [B, h, w, C] each; or P
-        pairs of views, [P * B, h, w, C] each, as `pairs_of_views` stacks them.
+      augment_fn: (key, images uint8 [B, H, W, C], **hparams.augment) -> two views in [0, 1],
+        [B, h, w, C] each; or P pairs of views, [P * B, h, w, C] each, as `pairs_of_views` stacks
+        them.
       mean, std: the normalisation of every view.
       loss_fn: (key, z1, z2, hparams) -> (loss, terms), scalars all.
       optimizer: a name of `optim.OPTIMIZERS`.
@@ -241,7 +245,8 @@ def make_train_step(
 
     def train_step(state, images, labels, hparams):
         with jax.named_scope("augment"):
-            views = augment_fn(stream_key(hparams.seed, "views", state.step), images)
+            views_key = stream_key(hparams.seed, "views", state.step)
+            views = augment_fn(views_key, images, **hparams.augment)
             views = [normalize(view, mean, std) for view in views]
         loss_key = stream_key(hparams.seed, "loss", state.step)
         (loss, (terms, h, batch_stats)), grads = jax.value_and_grad(loss_and_aux, has_aux=True)(

@@ -13,6 +13,7 @@ import pytest
 import scipy.stats
 from PIL import Image, ImageEnhance, ImageOps
 
+from configs import cpu
 from jepa_jax import augment
 from jepa_jax.augment import (
     adjust_brightness,
@@ -382,6 +383,30 @@ def test_two_views_is_random_view_of_each_image_with_or_without_jit(images):
     for view, index in ((0, 3), (1, 5)):
         alone = random_view(keys[view, index], np.float32(images[index]) / np.float32(255))
         np.testing.assert_allclose(views[view][index], alone, atol=1e-5)
+
+
+def test_strengths_may_be_traced_and_give_the_same_views(images):
+    """At values that none of them has by default."""
+    strengths = {
+        "scale": (0.4, 0.9),
+        "jitter_prob": 0.9,
+        "brightness": 0.3,
+        "contrast": 0.2,
+        "saturation": 0.6,
+        "hue": 0.05,
+        "grayscale_prob": 0.4,
+        "solarize_prob": 0.5,
+        "flip_prob": 0.1,
+    }
+    assert set(strengths) == set(cpu.get_config().augment)
+    key = jax.random.key(12)
+    static = jax.jit(functools.partial(two_views, **strengths))(key, images)
+    traced = jitted_views(key, images, **jax.tree.map(np.float32, strengths))
+    default = jitted_views(key, images)
+    for view, other, usual in zip(static, traced, default, strict=True):
+        # A crop that rounds to another pixel would be another view altogether.
+        np.testing.assert_allclose(view, other, atol=1e-4)
+        assert np.abs(view - usual).max() > 0.1
 
 
 def test_of_several_pairs_the_views_of_an_image_lie_a_batch_apart(images):

@@ -25,7 +25,7 @@ from jepa_jax.compare.equal_time import (
 )
 from jepa_jax.compare.pairs import compare_configs
 from jepa_jax.compare.statistic import paired_interval, verdict
-from jepa_jax.config import hparams_from
+from jepa_jax.config import hparams_from, view_options
 from jepa_jax.data import from_arrays
 from jepa_jax.data.cifar10 import write_cifar10
 from jepa_jax.errors import CheckpointError, ConfigError, Interrupted, TrainingError
@@ -136,16 +136,20 @@ def test_the_warm_up_keeps_its_share(config):
 def test_what_the_step_takes_as_arguments_changes_no_program(config, small_cifar):
     """All of these keys at once: other numbers, the same program before it is compiled."""
     changed = config.copy_and_resolve_references()
-    sections = {"meta": changed.meta, "optim": changed.optim, "loss": changed.loss}
+
+    def numbers(config):
+        return {**vars(hparams_from(config, 4)), **view_options(config)}
+
     moved = set()
+    others = {"meta.seed": 7, "optim.schedule": "late_epoch", "augment.scale": (0.3, 0.9)}
     for key in step_arguments():
         section, name = key.split(".")
-        before = hparams_from(changed, 4)
-        others = {"meta.seed": 7, "optim.schedule": "late_epoch"}
-        sections[section][name] = others.get(key) or sections[section][name] * 0.5 + 0.25
-        after = hparams_from(changed, 4)
-        moved |= {field for field in vars(after) if vars(after)[field] != vars(before)[field]}
-    assert moved == set(vars(hparams_from(config, 4))) - {"num_steps"}
+        before = numbers(changed)
+        changed[section][name] = others.get(key) or changed[section][name] * 0.5 + 0.2
+        after = numbers(changed)
+        moved |= {field for field in after if after[field] != before[field]}
+    # Epochs are the comparison's to set; the augmentation's strengths are in by name.
+    assert moved == set(numbers(config)) - {"num_steps", "augment"}
     texts = []
     for each in (config, changed):
         found = make_plan(each, pathlib.Path(), small_cifar, None, None, None, None)

@@ -153,6 +153,12 @@ BAD_VALUES = [
     ("data.num_workers", 0, "at least 1"),
     ("data.placement", "devise", "(did you mean device?)"),
     ("data.num_val", 0, "at least 1"),
+    ("data.num_train", 1, "0 or at least 2"),
+    ("augment.scale", (0.0, 1.0), "0 < from <= to <= 1"),
+    ("augment.scale", (0.5, 0.4), "0 < from <= to <= 1"),
+    ("augment.hue", 0.6, "in [0, 0.5]"),
+    ("augment.flip_prob", 1.1, "in [0, 1]"),
+    ("augment.contrast", -0.1, "at least 0"),
     ("data.num_views", 3, "2, 4 or 6, got 3"),
     ("data.mean", (0.5, 0.5), "three numbers"),
     ("data.mean", 0.5, "must be of type tuple"),
@@ -385,6 +391,7 @@ def test_hparams_are_the_configs_numbers_in_steps():
     }
     found = vars(hparams).copy()
     seed = found.pop("seed")
+    assert found.pop("augment") == {}  # of a plan, whose views they are for
     assert (seed, seed.dtype) == (42, np.uint32)
     assert {value.dtype for value in found.values()} == {np.dtype(np.float32)}
     assert found == {name: np.float32(value) for name, value in expected.items()}

@@ -163,6 +163,8 @@ def test_points_of_numbers_share_a_program_and_points_of_shapes_do_not(config, t
         program(optim__epochs=4.0),
         program(loss__cov_coeff=3.0),
         program(optim__weight_decay=0.1),
+        program(augment__hue=0.3),
+        program(augment__scale=(0.5, 1.0)),
         make_cell(config, {}, 7, tmp_path).program,
     }
     assert len(same) == 1
@@ -465,13 +467,16 @@ def test_a_budget_chooses_the_epochs_of_every_point_once(
         fitted = sweep(factor)
         fitted.fit_to_budget(3600.0, spent=50.0)
         stored = read_json(tmp_path / str(factor) / "budget.json")
-        share, _ = work_with_rungs(3, factor)
-        assert stored["cost"]["epoch"] == pytest.approx(6 * share * 4 * 0.5)
+        work, _ = work_with_rungs(3, factor)
+        assert stored["cost"]["epoch"] == pytest.approx(6 * work * 4 * 0.5)
         assert stored["cost"]["fixed"] > 50.0
         chosen = {cell.config.optim.epochs for cells in fitted._cells for cell in cells}
         assert chosen == {stored["epochs"]} and stored["epochs"] > 2 * config.optim.epochs
+        share = config.optim.warmup_epochs / config.optim.epochs
         for cell in (cell for cells in fitted._cells for cell in cells):
-            assert cell.config.optim.warmup_epochs == pytest.approx(stored["epochs"] / 2, rel=1e-4)
+            assert cell.config.optim.warmup_epochs == pytest.approx(
+                share * stored["epochs"], rel=1e-4
+            )
     with monkeypatch.context() as patch:
         patch.setattr(Sweep, "_measure", forbidden)
         again = sweep()

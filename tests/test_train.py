@@ -640,6 +640,17 @@ def test_impossible_combinations_are_refused(run, overrides, message):
     assert "\n" not in str(refused.value)
 
 
+def test_the_configs_strengths_make_the_views(run):
+    """With every chance at 0 and the whole image as the crop, both views are the image."""
+    chances = ("jitter_prob", "grayscale_prob", "solarize_prob", "flip_prob")
+    weak = {"augment.scale": (1.0, 1.0), **{f"augment.{name}": 0.0 for name in chances}}
+    for flip_prob in (0.0, 0.5):
+        overrides = {**weak, "augment.flip_prob": flip_prob, "optim.epochs": 1.0}
+        _, workdir = run(str(flip_prob), overrides=overrides)
+        row = read_metrics(workdir / "metrics.jsonl")[0]
+        assert (row["train/invariance_loss"] < 1e-10) == (flip_prob == 0)
+
+
 def test_warmup_as_long_as_training_is_legal(run):
     state, _ = run(overrides={"optim.warmup_epochs": 3.0})
     assert int(state.step) == 12

@@ -47,7 +47,7 @@ class _Parts:
         mean, std = plan.encoder.mean, plan.encoder.std
 
         def augment(images):
-            views = plan.augment_fn(stream_key(hparams.seed, "views"), images)
+            views = plan.views_fn(stream_key(hparams.seed, "views"), images)
             return [normalize(view, mean, std) for view in views]
 
         def forward(params, batch_stats, views):
@@ -164,7 +164,7 @@ def _evaluation_seconds(plan: Plan, state: Any) -> dict[str, Any]:
 def _watch_seconds(plan: Plan, state: Any) -> dict[str, Any]:
     watch = Watch(
         plan.encoder.model,
-        augment_fn=plan.augment_fn,
+        augment_fn=plan.views_fn,
         loss_fn=plan.loss_fn,
         term_weights={},
         mean=plan.encoder.mean,

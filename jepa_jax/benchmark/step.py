@@ -86,7 +86,7 @@ def synthetic_plan(config: ConfigDict, *, num_images: int = NUM_IMAGES, augment:
 
 def _view_side(plan: Plan) -> int:
     images = jax.ShapeDtypeStruct((2, *plan.dataset.image_shape), jnp.uint8)
-    return jax.eval_shape(plan.augment_fn, jax.random.key(0), images)[0].shape[1]
+    return jax.eval_shape(plan.views_fn, jax.random.key(0), images)[0].shape[1]
 
 
 def dtype_name(config: ConfigDict) -> str:

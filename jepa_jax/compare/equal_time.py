@@ -27,7 +27,9 @@ def step_arguments() -> set[str]:
     fields = {field.name for field in dataclasses.fields(HParams)}
     sections = ("meta", "loss", "optim")
     keys = {f"{section}.{name}" for section in sections for name in fields}
-    return {"optim.warmup_epochs", "optim.schedule", *(keys & set(known_keys()))}
+    known = set(known_keys())
+    augment = {key for key in known if key.startswith("augment.")}
+    return {"optim.warmup_epochs", "optim.schedule", *augment, *(keys & known)}
 
 
 def differing_keys(a: ConfigDict, b: ConfigDict) -> dict[str, list[Any]]:

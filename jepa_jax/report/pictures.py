@@ -1,6 +1,9 @@
 """What a report shows of images: augmented pairs, nearest neighbours, a map of the test set."""
 
 import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -95,7 +98,7 @@ def take_pictures(run: Run, dataset: Dataset | None = None) -> Pictures:
     if "augment_fn" in run.custom:
         missing["pairs"] = f"the views were made by {run.custom['augment_fn']}, which is not here"
     else:
-        pairs = _pairs(dataset)
+        pairs = _pairs(dataset, _strengths(run))
     try:
         images, labels, split = _shown_images(run, dataset)
         h = _features(run, images)
@@ -185,10 +188,18 @@ def _small(images: np.ndarray) -> np.ndarray:
     return images.astype(np.float32) / 255
 
 
-def _pairs(dataset: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _strengths(run: Run) -> dict[str, Any]:
+    """Of the run's views; none in the config of an older run, whose views are the default's."""
+    found = {k.partition(".")[2]: v for k, v in run.config.items() if k.startswith("augment.")}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
+
+
+def _pairs(
+    dataset: Dataset, strengths: Mapping[str, Any]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     chosen = _one_of_each(dataset.train_labels, NUM_PAIRS, len(dataset.train_images))
     images = jax.device_put(np.asarray(dataset.train_images[chosen]))
-    views = jax.jit(two_views)(jax.random.key(0), images)
+    views = jax.jit(functools.partial(two_views, **strengths))(jax.random.key(0), images)
     return tuple(_small(np.asarray(shown)) for shown in (images, *views))
 
 

@@ -35,7 +35,7 @@ def score(plan: Plan, variables: Any, *, with_test: bool = False) -> dict[str, f
         variables,
         dataset,
         num_val=plan.config.data.num_val,
-        augment_fn=plan.augment_fn,
+        augment_fn=plan.views_fn,
         parts=("ridge",) if plan.has_labels else ("health",),
     )
     if not plan.has_labels:
