@@ -145,7 +145,7 @@ def test_what_the_step_takes_as_arguments_changes_no_program(config, small_cifar
     for key in step_arguments():
         section, name = key.split(".")
         before = numbers(changed)
-        changed[section][name] = others.get(key) or changed[section][name] * 0.5 + 0.2
+        changed[section][name] = others.get(key) or changed[section][name] * 0.5 + 0.13
         after = numbers(changed)
         moved |= {field for field in after if after[field] != before[field]}
     # Epochs are the comparison's to set; the augmentation's strengths are in by name.
