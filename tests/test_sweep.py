@@ -2,8 +2,10 @@
 
 import dataclasses
 import html
+import io
 import json
 import math
+import sys
 import types
 
 import numpy as np
@@ -21,7 +23,7 @@ from jepa_jax.report.theme import LIGHT
 from jepa_jax.sweep import lanes, run, tracks
 from jepa_jax.sweep.axes import Range, as_flags, axes_of_file, axes_of_text, points, split_values
 from jepa_jax.sweep.cells import by_program, make_cell
-from jepa_jax.sweep.live import ordered
+from jepa_jax.sweep.live import Live, ordered
 from jepa_jax.sweep.result import halve, rung_shares, spread, winner_of, work_with_rungs
 from jepa_jax.sweep.run import Sweep
 from jepa_jax.sweep.shared import shared_steps
@@ -229,6 +231,26 @@ def test_a_point_that_lost_a_seed_ranks_below_those_that_did_not():
 def test_the_live_view_has_the_best_on_top_and_the_unfinished_below():
     rows = [("a", 0.1, None, ""), ("b", 1.0, 40.0, ""), ("c", 0.9, None, ""), ("d", 1.0, 50.0, "")]
     assert [row[0] for row in ordered(rows)] == ["d", "b", "c", "a"]
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_shows_the_points_and_a_file_gets_lines(is_terminal, monkeypatch):
+    class Screen(io.StringIO):
+        def isatty(self):
+            return is_terminal
+
+    screen = Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    with Live("2 points, 3 seeds", "ridge, val %") as live:
+        live.show([("0.1", 0.25, None, "seed 0 at step 7"), ("0.3", 1.0, 51.234, "")])
+        live.line("done", "0.3, seed 2")
+    text = screen.getvalue()
+    if not is_terminal:
+        assert text == "done      0.3, seed 2\n"
+        return
+    last = text[text.rindex("2 points, 3 seeds") :]
+    assert last.index("51.23") < last.index("seed 0 at step 7")
+    assert "100 %" in last and "25 %" in last and "done      " not in text
 
 
 # --- sweeps ---------------------------------------------------------------------------------------
