@@ -24,7 +24,7 @@ from jepa_jax.sweep import lanes, run, tracks
 from jepa_jax.sweep.axes import Range, as_flags, axes_of_file, axes_of_text, points, split_values
 from jepa_jax.sweep.cells import by_program, make_cell
 from jepa_jax.sweep.live import Live, ordered
-from jepa_jax.sweep.result import halve, rung_shares, spread, winner_of, work_with_rungs
+from jepa_jax.sweep.result import halve, notes_of, rung_shares, spread, winner_of, work_with_rungs
 from jepa_jax.sweep.run import Sweep
 from jepa_jax.sweep.shared import shared_steps
 from jepa_jax.train import train_and_evaluate
@@ -329,6 +329,17 @@ def test_the_winner_is_the_best_on_val_and_its_flags_are_its_point(swept):
         "1e+30",
         "untrained",
     ]
+
+
+def test_points_that_are_judged_on_other_images_are_named():
+    def notes(key):
+        points = [
+            {"point": {key: n}, "label": str(n), "epochs": 2, "warmup_epochs": 1} for n in (1, 2)
+        ]
+        return " ".join(notes_of(points))
+
+    assert "of another data.num_train are judged on other images" in notes("data.num_train")
+    assert "other images" not in notes("optim.lr") and "flatters" in notes("optim.lr")
 
 
 def test_without_a_whole_point_there_is_no_winner():

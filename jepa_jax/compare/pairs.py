@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 import jepa_jax
 from jepa_jax import device
-from jepa_jax.compare import PLACES, SIDES
+from jepa_jax.compare import JUDGED_ON, PLACES, SIDES
 from jepa_jax.compare.equal_time import differing_keys, equal_time
 from jepa_jax.compare.statistic import CONFIDENCE, paired_interval, verdict
 from jepa_jax.compare.table import FIGURES, as_markdown, figures_text, head_lines
@@ -28,8 +28,6 @@ from jepa_jax.progress import say
 from jepa_jax.train import train_and_evaluate
 
 SCHEMA_VERSION = 1
-# What decides which images the figures are of.
-_JUDGED_ON = ("data.dataset", "data.num_train", "data.num_val")
 # Beyond this share the two did not train equally long, and a reader has to know.
 _TIME_TOLERANCE = 0.05
 
@@ -135,7 +133,7 @@ def check(a: ConfigDict, b: ConfigDict) -> None:
     if a.meta.device != b.meta.device:
         raise ConfigError("config.meta.device must be one for A and B: --config.meta.device=...")
     first, second = flatten(a), flatten(b)
-    for key in _JUDGED_ON:
+    for key in JUDGED_ON:
         if first[key] != second[key]:
             raise ConfigError(
                 f"config.{key} is {first[key]} in A and {second[key]} in B: figures of different "

@@ -117,10 +117,11 @@ class Dataset:
     """
 
     name: str
-    train_images: np.ndarray | Records
-    train_labels: np.ndarray | None
-    test_images: np.ndarray | Records | None
-    test_labels: np.ndarray | None
+    # A failing test or a debugger shows a dataset by its name, not by its pixels.
+    train_images: np.ndarray | Records = dataclasses.field(repr=False)
+    train_labels: np.ndarray | None = dataclasses.field(repr=False)
+    test_images: np.ndarray | Records | None = dataclasses.field(repr=False)
+    test_labels: np.ndarray | None = dataclasses.field(repr=False)
     label_names: tuple[str, ...]
 
     @property

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jepa_jax.compare import JUDGED_ON
 from jepa_jax.compare.statistic import paired_interval
 from jepa_jax.report.sweep_table import (
     DIVERGED,
@@ -128,6 +129,12 @@ def notes_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{which} ended inside the warm-up ({inside[0]['epochs']:g} epochs, "
             f"{inside[0]['warmup_epochs']:g} of warm-up): the rate rose to the last step and never "
             "fell, so this says little about the rate of a longer run."
+        )
+    judged_on = [key for key in JUDGED_ON if key in rows[0]["point"]]
+    if judged_on:
+        found.append(
+            f"Points of another {' and '.join(judged_on)} are judged on other images: their figures "
+            "are not those of one test."
         )
     if len(rows) > 1:
         found.append(
