@@ -133,8 +133,8 @@ def notes_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     judged_on = [key for key in JUDGED_ON if key in rows[0]["point"]]
     if judged_on:
         found.append(
-            f"Points of another {' and '.join(judged_on)} are judged on other images: their figures "
-            "are not those of one test."
+            f"Points of another {' and '.join(judged_on)} are judged on other images: their "
+            "figures are not those of one test."
         )
     if len(rows) > 1:
         found.append(
