@@ -465,6 +465,33 @@ def test_what_diverges_in_a_shared_start_does_so_in_every_length(of_lengths, sma
     assert len(reasons) == 1 and "at step" in reasons.pop()
 
 
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_a_cell_that_is_left_alone_takes_the_program_of_a_single_one(
+    of_lengths, lengths_alone, small_cifar, tmp_path, monkeypatch, num_seeds
+):
+    """With one seed the shared start is alone, and what begins at its end is not."""
+    alone, widths = [], []
+
+    def two_lanes(plan, state, most, devices):
+        alone.append(lanes.make_lanes(plan, state, 1, devices))
+        return lanes.make_lanes(plan, state, 2, devices), alone[0], "two"
+
+    def advance(lanes_now, running):
+        widths.append((lanes_now is alone[0], sum(track is not None for track in running)))
+        return own_advance(lanes_now, running)
+
+    own_advance = tracks._advance
+    monkeypatch.setattr(run, "choose_lanes", two_lanes)
+    monkeypatch.setattr(tracks, "_advance", advance)
+    sweep = Sweep(of_lengths, LENGTHS, tmp_path, num_seeds=num_seeds, dataset=small_cifar)
+    found = cells_of(sweep.run())
+    assert all(is_alone == (count == 1) for is_alone, count in widths)
+    assert {count for _, count in widths} == {1, 2}
+    for name, cell in found.items():
+        assert cell["steps"] == lengths_alone[name]["steps"]
+        assert cell["train_loss"] == pytest.approx(lengths_alone[name]["train_loss"], rel=1e-2)
+
+
 def test_rates_of_their_own_share_no_steps(of_lengths, small_cifar, tmp_path):
     plan = make_plan(of_lengths, tmp_path, small_cifar, None, None, None, None)
 
@@ -699,7 +726,7 @@ def test_the_choice_of_lanes_is_measured_and_said(
     monkeypatch.setattr(lanes, "seconds_per_step", lambda *arguments: next(times))
     plan = types.SimpleNamespace(placement="device", batches_of=lambda epoch: None, hparams=None)
     devices = [types.SimpleNamespace(platform=platform)] * num_devices
-    found, text = lanes.choose_lanes(plan, {}, most, devices)
-    assert (made, found.num_lanes) == (tried, chosen) and not list(times)
+    found, alone, text = lanes.choose_lanes(plan, {}, most, devices)
+    assert (made, found.num_lanes, alone.num_lanes) == (tried, chosen, 1) and not list(times)
     for num_lanes, each in zip(tried, seconds, strict=False):
         assert f"{num_lanes}: {1e3 * each:.1f} ms" in text

@@ -203,7 +203,7 @@ def make_lanes(plan: Plan, state: TrainState, num_lanes: int, devices: Sequence[
 
 def choose_lanes(
     plan: Plan, state: TrainState, most: int, devices: Sequence[Any]
-) -> tuple[Lanes, str]:
+) -> tuple[Lanes, Lanes, str]:
     """The fastest lanes, by measuring ever larger stacks until one is not worth it.
 
     Args:
@@ -213,11 +213,11 @@ def choose_lanes(
       devices: those at hand.
 
     Returns:
-      (the lanes, what was measured, in words).
+      (the lanes, a single one for a cell that is left alone, what was measured in words).
     """
-    best = make_lanes(plan, state, 1, devices[:1])
+    best = alone = make_lanes(plan, state, 1, devices[:1])
     if plan.placement == "stream" or most < 2:
-        return best, "one after another"
+        return best, alone, "one after another"
     order = plan.batches_of(0)
 
     def measured(lanes):
@@ -244,4 +244,4 @@ def choose_lanes(
         best, best_seconds = lanes, seconds
         num_lanes *= 2
     how = "one after another" if best.num_lanes == 1 else f"{best.num_lanes} side by side"
-    return best, f"{how}; a step of one point by lanes: {', '.join(texts)}"
+    return best, alone, f"{how}; a step of one point by lanes: {', '.join(texts)}"

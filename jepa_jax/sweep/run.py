@@ -65,6 +65,7 @@ class _Program:
 
     plan: Plan
     lanes: Lanes
+    alone: Lanes | None
 
 
 def _environment() -> dict[str, str]:
@@ -203,18 +204,19 @@ class Sweep:
             with self._phases("compile"):
                 plan = self._plan(cell)
                 state = jax.block_until_ready(initial_state(plan))
-                lanes = self._lanes_for(plan, state, num_cells)
-            self._programs[cell.program] = _Program(plan, lanes)
+                lanes, alone = self._lanes_for(plan, state, num_cells)
+            self._programs[cell.program] = _Program(plan, lanes, alone)
             self._num_programs += 1
         return self._programs[cell.program]
 
-    def _lanes_for(self, plan: Plan, state: Any, num_cells: int) -> Lanes:
+    def _lanes_for(self, plan: Plan, state: Any, num_cells: int) -> tuple[Lanes, Lanes | None]:
+        """The lanes, and a single one where it has been compiled to choose them."""
         devices = jax.local_devices()
         if not self._stack and self._execution is None:
-            lanes, text = choose_lanes(plan, state, num_cells, devices)
+            lanes, alone, text = choose_lanes(plan, state, num_cells, devices)
             self._execution = {"lanes": lanes.num_lanes, "text": text}
             say(f"{'how':<10}{text}")
-            return lanes
+            return lanes, alone
         wanted = self._stack or (self._execution or {})["lanes"]
         if self._stack:
             text = "one after another" if wanted == 1 else f"{wanted} side by side"
@@ -222,7 +224,7 @@ class Sweep:
         num_lanes = max(1, min(wanted, num_cells))
         # As many on each device.
         spread_over = max(n for n in range(1, len(devices) + 1) if num_lanes % n == 0)
-        return make_lanes(plan, state, num_lanes, devices[:spread_over])
+        return make_lanes(plan, state, num_lanes, devices[:spread_over]), None
 
     # --- training -----------------------------------------------------------------------------
 
@@ -283,6 +285,7 @@ class Sweep:
                 seconds = train_tracks(
                     program.lanes,
                     queue,
+                    alone=program.alone,
                     on_stop=on_stop,
                     on_lost=on_lost,
                     on_news=functools.partial(self._show, live),

@@ -175,6 +175,7 @@ def train_tracks(
     lanes: Lanes,
     tracks: collections.deque[Track],
     *,
+    alone: Lanes | None = None,
     on_stop: Callable[[Track, TrainState], None],
     on_lost: Callable[[Track], None],
     on_news: Callable[[list[Track]], None] = lambda running: None,
@@ -184,6 +185,8 @@ def train_tracks(
     Args:
       lanes: of a program that serves them all.
       tracks: in the order in which they begin; `on_stop` may add to them.
+      alone: a single lane, for a track that nothing is left to run beside: next to idle lanes it
+        would be no faster than with all of them busy.
       on_stop: called with each that reached its stop, and its state.
       on_lost: called with each that diverged.
       on_news: called with those under way, an epoch of steps later at most.
@@ -191,17 +194,24 @@ def train_tracks(
     Returns:
       seconds of all steps together.
     """
+    many, seconds = lanes, 0.0
     running: list[Track | None] = [None] * lanes.num_lanes
-    seconds = 0.0
     while True:
+        if tracks and not any(running):  # also after one that was alone and left others behind
+            lanes, running = many, [None] * many.num_lanes
         for lane, track in enumerate(running):
             if track is None and tracks:
                 following = tracks.popleft()
                 lanes.load(lane, following.start(), following.plan.hparams)
                 running[lane] = following
-        if not any(running):
+        left = [(lane, track) for lane, track in enumerate(running) if track is not None]
+        if not left:
             return seconds
-        on_news([track for track in running if track])
+        if len(left) == 1 < lanes.num_lanes and alone is not None:
+            ((lane, track),) = left
+            alone.load(0, lanes.state(lane), track.plan.hparams)
+            lanes, running = alone, [track]
+        on_news([track for _, track in left])
         seconds += _advance(lanes, running)
         for lane, track in enumerate(running):
             if track is not None and track.reason:
