@@ -546,18 +546,22 @@ def test_every_row_of_a_vmapped_sweep_equals_its_single_run(dense_step, data):
 def test_changing_any_hyper_parameter_compiles_nothing_new(batch):
     traces = []
 
-    def counted(key, images):
+    def counted(key, images, strength):
         traces.append(key)
-        return dimmed(key, images)
+        return tuple(strength * view for view in dimmed(key, images))
 
     step = jax.jit(new_step(DENSE, counted))
-    state = new_state(DENSE, some_hparams())
-    first = step(state, *batch, some_hparams())[1]
+    hparams = some_hparams(augment={"strength": 0.5})
+    state = new_state(DENSE, hparams)
+    first = step(state, *batch, hparams)[1]
     for field in dataclasses.fields(HParams):
-        value = getattr(some_hparams(), field.name)
-        step(state, *batch, some_hparams(**{field.name: value + 1}))
+        value = jax.tree.map(lambda number: number + 1, getattr(hparams, field.name))
+        step(state, *batch, dataclasses.replace(hparams, **{field.name: value}))
     assert len(traces) == 1
-    assert step(state, *batch, some_hparams(cov_coeff=9.0))[1]["loss"] != first["loss"]
+    for change in ({"cov_coeff": 9.0}, {"augment": {"strength": 0.8}}):
+        changed = dataclasses.replace(hparams, **change)
+        assert step(state, *batch, changed)[1]["loss"] != first["loss"]
+    assert len(traces) == 1
 
 
 def test_a_step_moves_nothing_between_host_and_device(dense_step, batch):

@@ -318,24 +318,25 @@ class Sweep:
         return record
 
     def _stop(self, live: Live, share: float, track: Track, state: Any) -> None:
+        name = score_name(track.plan)
+        cell = f"{label(track.cell.point)}, seed {track.cell.seed}"
         with self._phases("evaluation"):
             variables = encoder_variables(track.plan, state)
             if share < 1:
-                figure = score(track.plan, variables)[score_name(track.plan)]
+                figure = score(track.plan, variables)[name]
                 track.save(state)
                 rungs = (track.cell.record() or {}).get("rungs", [])
                 rungs = [rung for rung in rungs if rung["share"] != share]
                 rungs = [*rungs, {"share": share, "step": track.step, "score": figure}]
-                self._record(track, WAITING, rungs=rungs)
+                record = {**self._record(track, WAITING, rungs=rungs), name: figure}
+                live.line("rung", f"{cell} at step {track.step}: {figures_text(record, name)}")
                 return
             figures = judge(track.plan, state, variables)
             checkpoint.save_tree(track.cell.folder / "encoder", variables)
             track.write_metrics()
             record = self._record(track, FINISHED, **figures)
             shutil.rmtree(track.cell.folder / "checkpoints", ignore_errors=True)
-        name = score_name(track.plan)
-        text = figures_text(record, name)
-        live.line("done", f"{label(track.cell.point)}, seed {track.cell.seed}: {text}")
+        live.line("done", f"{cell}: {figures_text(record, name)}")
         self.write()
 
     def _lose(self, live: Live, track: Track) -> None:
