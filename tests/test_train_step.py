@@ -551,14 +551,14 @@ def test_changing_any_hyper_parameter_compiles_nothing_new(batch):
         return tuple(strength * view for view in dimmed(key, images))
 
     step = jax.jit(new_step(DENSE, counted))
-    hparams = some_hparams(augment={"strength": 0.5})
+    hparams = dataclasses.replace(some_hparams(), augment={"strength": np.float32(0.5)})
     state = new_state(DENSE, hparams)
     first = step(state, *batch, hparams)[1]
     for field in dataclasses.fields(HParams):
         value = jax.tree.map(lambda number: number + 1, getattr(hparams, field.name))
         step(state, *batch, dataclasses.replace(hparams, **{field.name: value}))
     assert len(traces) == 1
-    for change in ({"cov_coeff": 9.0}, {"augment": {"strength": 0.8}}):
+    for change in ({"cov_coeff": np.float32(9.0)}, {"augment": {"strength": np.float32(0.8)}}):
         changed = dataclasses.replace(hparams, **change)
         assert step(state, *batch, changed)[1]["loss"] != first["loss"]
     assert len(traces) == 1
