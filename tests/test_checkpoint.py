@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import gc
+import resource
 import shutil
+import signal
 
 import flax.struct
 import jax
@@ -12,7 +14,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from jepa_jax.checkpoint import Checkpoints, load_latest, load_tree, save_tree
+from jepa_jax.checkpoint import (
+    Checkpoints,
+    DamagedError,
+    NotSavedError,
+    load_latest,
+    load_tree,
+    save_tree,
+)
 from jepa_jax.errors import CheckpointError
 
 
@@ -101,15 +110,15 @@ def test_an_empty_folder_has_no_step(tmp_path):
         assert checkpoints.best_step() is None
 
 
-def test_the_latest_and_the_best_are_kept_and_the_others_dropped(tmp_path):
+def test_the_latest_two_and_the_best_are_kept_and_the_others_dropped(tmp_path):
     with opened(tmp_path) as checkpoints:
-        for step, val in ((1, 0.3), (2, 0.6), (3, 0.5), (4, 0.4)):
+        for step, val in ((1, 0.3), (2, 0.6), (3, 0.5), (4, 0.4), (5, 0.2)):
             save(checkpoints, step, val=val)
-        assert (checkpoints.latest_step(), checkpoints.best_step()) == (4, 2)
-        assert_same(checkpoints.restore(2, some_state())[0], some_state(2))
-        assert_same(checkpoints.restore(4, some_state())[0], some_state(4))
+        assert (checkpoints.latest_step(), checkpoints.best_step()) == (5, 2)
+        for step in (2, 4, 5):
+            assert_same(checkpoints.restore(step, some_state())[0], some_state(step))
     folders = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert folders == {"2", "4"}
+    assert folders == {"2", "4", "5"}
 
 
 def test_a_checkpoint_without_a_validation_accuracy_is_never_the_best(tmp_path):
@@ -120,7 +129,7 @@ def test_a_checkpoint_without_a_validation_accuracy_is_never_the_best(tmp_path):
         assert (checkpoints.latest_step(), checkpoints.best_step()) == (2, 1)
         save(checkpoints, 3, val=0.3)
         assert (checkpoints.latest_step(), checkpoints.best_step()) == (3, 3)
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"3"}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "3"}
 
 
 def test_a_step_that_is_there_is_not_written_again(workdir):
@@ -156,7 +165,7 @@ def test_a_damaged_checkpoint_is_one_line(harm, tmp_path):
     harm(tmp_path / "checkpoints" / "3" / "state")
     with opened(tmp_path) as checkpoints, pytest.raises(CheckpointError) as error:
         checkpoints.restore(3, SINGLE)
-    assert "checkpoints/3 cannot be restored" in one_line(error)
+    assert "checkpoints/3 is damaged" in one_line(error)
 
 
 @pytest.mark.parametrize("other", ["wider", "renamed"])
@@ -208,6 +217,83 @@ def test_reads_that_a_failed_restore_leaves_behind_end_in_silence(tmp_path, monk
             checkpoints.restore(3, SINGLE)
     gc.collect()  # a coroutine left over warns here, and pytest makes that an error
     assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
+def harmed(path, how):
+    """A file emptied, cut, with one bit of its middle turned, or gone."""
+    content = path.read_bytes()
+    middle = len(content) // 2
+    turned = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    if how == "deleted":
+        path.unlink()
+    else:
+        path.write_bytes({"emptied": b"", "cut": content[:middle], "turned": turned}[how])
+
+
+@pytest.fixture(scope="module")
+def three_steps(tmp_path_factory):
+    """A folder with the checkpoints of steps 1, 2 and 3, of which the last is the best."""
+    folder = tmp_path_factory.mktemp("three")
+    with opened(folder) as checkpoints:
+        for step in (1, 2, 3):
+            save(checkpoints, step, val=0.1 * step)
+    return folder
+
+
+@pytest.mark.parametrize("how", ["emptied", "cut", "turned", "deleted"])
+def test_any_file_damaged_it_is_what_was_saved_or_the_step_before(
+    three_steps, tmp_path, capsys, how
+):
+    newest = three_steps / "checkpoints" / "3"
+    files = [path.relative_to(newest) for path in sorted(newest.rglob("*")) if path.is_file()]
+    assert len(files) > 10
+    fallen_back = 0
+    for number, file in enumerate(files):
+        folder = shutil.copytree(three_steps, tmp_path / str(number))
+        if not (newest / file).stat().st_size and how != "deleted":
+            continue  # nothing to damage
+        harmed(folder / "checkpoints" / "3" / file, how)
+        with opened(folder) as checkpoints:
+            step, state, progress = checkpoints.restore_latest(some_state())
+            assert_same(state, some_state(step))
+            assert progress == {"epoch": step} and step in (2, 3), file
+        printed = capsys.readouterr().out
+        assert printed.count("warning") == printed.count("\n") == (step == 2), printed
+        assert (folder / "damaged" / "3-0").exists() == (step == 2)
+        fallen_back += step == 2
+    assert fallen_back > 3
+
+
+def test_where_no_checkpoint_is_sound_none_is_touched(three_steps, tmp_path):
+    folder = shutil.copytree(three_steps, tmp_path / "run")
+    for path in folder.glob("checkpoints/*/progress/metadata"):
+        harmed(path, "turned")
+    before = sorted(folder.rglob("*"))
+    with opened(folder) as checkpoints, pytest.raises(DamagedError, match="no other is whole"):
+        checkpoints.restore_latest(some_state())
+    assert set(before) <= set(folder.rglob("*")) and not (folder / "damaged").exists()
+
+
+def test_a_disk_that_takes_no_checkpoint_is_said_and_costs_no_older_one(three_steps, tmp_path):
+    folder = shutil.copytree(three_steps, tmp_path / "run")
+    with opened(folder) as checkpoints:
+        # Larger than any file may be: what the system says is that of a full disk, but for a word.
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+        try:
+            with pytest.raises(NotSavedError, match="could be written") as error:
+                save(checkpoints, 4)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+        one_line(error)
+        assert checkpoints.latest_step() == 3
+        save(checkpoints, 5)
+        assert_same(checkpoints.restore(5, some_state())[0], some_state(5))
+    with opened(folder) as checkpoints:
+        assert checkpoints.latest_step() == 5
+        assert not list(folder.glob("checkpoints/*tmp*"))
 
 
 def test_a_damaged_or_absent_tree_is_one_line(tmp_path):
