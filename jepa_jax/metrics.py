@@ -3,6 +3,7 @@
 One row per epoch, flat, with keys such as `train/loss` and `val/online_probe_acc`.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jepa_jax.errors import CheckpointError, ConfigError
+from jepa_jax.progress import say
 
 Row = dict[str, Any]
 
@@ -33,26 +35,29 @@ def read_json(path: pathlib.Path) -> Any:
     """
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[Row]:
-    """The rows of a metrics.jsonl, in order; a last line broken by a crash is left out."""
+    """The rows of a metrics.jsonl, in order; a line broken by a crash or a disk is left out."""
     rows: list[Row] = []
     path = pathlib.Path(path)
     if not path.exists():
         return rows
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if type(row) is dict and "step" in row:
+                rows.append(row)
     return rows
 
 
 class MetricsWriter:
     """Appends rows to `workdir/metrics.jsonl` and passes them on to the trackers asked for.
+
+    A row that cannot be written, as on a full disk, waits for the next one: nothing stops for it,
+    and no half of it stays in the file.
 
     Args:
       workdir: an existing folder.
@@ -78,18 +83,28 @@ class MetricsWriter:
     ):
         self._wandb = _start_wandb(workdir, run_id, config) if wandb else None
         self._tensorboard = _start_tensorboard(workdir) if tensorboard else None
-        path = workdir / "metrics.jsonl"
-        kept = [row for row in read_metrics(path) if row["step"] <= step]
-        partial = path.with_name(path.name + ".partial")
+        self._path = workdir / "metrics.jsonl"
+        self._waiting: list[bytes] = []
+        self._begin(step)
+
+    def _begin(self, step: int) -> None:
+        kept = [row for row in read_metrics(self._path) if row["step"] <= step]
+        partial = self._path.with_name(self._path.name + ".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(partial, path)
-        self._file = path.open("a")
+        os.replace(partial, self._path)
+        self._file = self._path.open("r+b", buffering=0)
+        self._size = self._file.seek(0, os.SEEK_END)
+
+    def go_back(self, step: int) -> None:
+        """Drops the rows of later steps: the run goes on from there, and will write them again."""
+        self._waiting = []
+        self._file.close()
+        self._begin(step)
 
     def write(self, row: Row) -> None:
         """Appends one row; it needs a `step`. Numbers that are not finite are written as null."""
         row = {key: _finite(value) for key, value in row.items()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._append(json.dumps(row).encode() + b"\n")
         numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
         if self._wandb is not None:
             self._wandb.log(numbers, step=row["step"])
@@ -97,8 +112,35 @@ class MetricsWriter:
             for key, value in numbers.items():
                 self._tensorboard.add_scalar(key, value, row["step"])
 
+    def _append(self, line: bytes) -> None:
+        was_waiting = len(self._waiting)
+        self._waiting.append(line)
+        try:
+            self._file.truncate(self._size)  # what a failed attempt has left
+            self._file.seek(self._size)
+            text = b"".join(self._waiting)
+            while text:
+                text = text[self._file.write(text) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            if not was_waiting:
+                say(
+                    f"{'warning':<10}metrics.jsonl cannot be written ({error.strerror}): its rows "
+                    "wait until it can"
+                )
+            return
+        self._size, self._waiting = self._file.tell(), []
+        if was_waiting:
+            say(f"{'note':<10}metrics.jsonl is whole again: {was_waiting} rows had waited")
+
     def close(self) -> None:
-        """Flushes and closes every tracker."""
+        """Writes what waits, and closes every tracker."""
+        if self._waiting:
+            self._append(b"")
+        if self._waiting:
+            say(f"{'warning':<10}{len(self._waiting) - 1} rows of metrics.jsonl are lost")
+        with contextlib.suppress(OSError):
+            self._file.truncate(self._size)
         self._file.close()
         if self._wandb is not None:
             self._wandb.finish()

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import math
+import resource
+import signal
 import sys
 import types
 
@@ -53,6 +55,64 @@ def test_a_last_line_broken_by_a_crash_is_dropped(tmp_path):
     write(tmp_path, rows_of(3), step=2)
     assert read_metrics(path) == rows_of(1, 2, 3)
     assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+@contextlib.contextmanager
+def files_no_larger_than(num_bytes):
+    """What a full disk does to a write: a part of it is done, and then none."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_rows_that_find_no_room_wait_and_leave_no_half_of_one(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    with contextlib.closing(MetricsWriter(tmp_path, step=0, run_id="id", config={})) as writer:
+        for row in rows_of(1, 2):
+            writer.write(row)
+        with files_no_larger_than(path.stat().st_size + 10):
+            for row in rows_of(3, 4):
+                writer.write(row)
+        assert read_metrics(path) == rows_of(1, 2)
+        writer.write(*rows_of(5))
+        assert read_metrics(path) == rows_of(1, 2, 3, 4, 5)
+        assert all(json.loads(line) for line in path.read_text().splitlines())
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 and "rows wait until it can" in printed[0] and "2 rows" in printed[1]
+
+
+def test_rows_that_never_found_room_are_counted_and_the_others_stay(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(tmp_path, step=0, run_id="id", config={})
+    writer.write(*rows_of(1))
+    with files_no_larger_than(path.stat().st_size + 10):
+        writer.write(*rows_of(2))
+        writer.close()
+    assert path.read_text().count("\n") == 1 and read_metrics(path) == rows_of(1)
+    assert "1 rows of metrics.jsonl are lost" in capsys.readouterr().out
+
+
+def test_a_line_broken_in_the_middle_costs_no_other(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(tmp_path, rows_of(1, 2, 3))
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + b"\xff{" + lines[1] + b"7\n" + lines[2])
+    assert read_metrics(path) == rows_of(1, 3)
+
+
+def test_a_run_that_goes_back_drops_what_it_will_write_again(tmp_path):
+    with contextlib.closing(MetricsWriter(tmp_path, step=0, run_id="id", config={})) as writer:
+        for row in rows_of(10, 20, 30):
+            writer.write(row)
+        writer.go_back(10)
+        writer.write({"step": 20, "train/loss": 7.0})
+    found = read_metrics(tmp_path / "metrics.jsonl")
+    assert found == [*rows_of(10), {"step": 20, "train/loss": 7.0}]
 
 
 def test_a_file_that_is_not_there_has_no_rows(tmp_path):
