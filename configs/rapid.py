@@ -83,6 +83,7 @@ def get_config() -> ConfigDict:
     config.training.dtype = "bfloat16"
     config.training.remat = False  # new; True computes activations twice and keeps few of them
     config.training.scan_steps = 0  # new; steps of one compiled program; 0 chooses, 1 is a loop
+    config.training.on_nan = "stop"  # new; back_off goes back and halves the rate, up to 3 times
     config.training.early_stop_epochs = 0  # new; stop after so many without a better val accuracy
 
     config.logging = ConfigDict()
@@ -90,6 +91,7 @@ def get_config() -> ConfigDict:
     config.logging.log_tensorboard = False  # new
     config.logging.log_every = 5  # epochs between lines on the screen; metrics.jsonl has them all
     config.logging.save_every = 50  # epochs between checkpoints; a stop by a signal saves too
+    config.logging.save_every_minutes = 10.0  # new; what a kill may cost at most
     config.logging.stop_on_collapse = False  # new; a collapse is named in any case
     config.logging.tqdm_silent = False
     return config

@@ -63,8 +63,12 @@ def read_run(workdir: str | os.PathLike[str]) -> tuple[pathlib.Path, dict[str, A
     Raises:
       CheckpointError: if it is not the folder of a run, or damaged.
     """
-    workdir = pathlib.Path(workdir).expanduser()
-    if not (workdir / "config.json").exists():
+    try:
+        workdir = pathlib.Path(workdir).expanduser()
+        is_there = (workdir / "config.json").exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, no such home, a NUL
+        raise CheckpointError(f"{workdir} cannot be found: {error}") from error
+    if not is_there:
         raise CheckpointError(f"{workdir} holds no run: config.json is missing")
     stored = read_json(workdir / "config.json")
     sections = ("config", "custom", "dataset")

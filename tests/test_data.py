@@ -1,20 +1,25 @@
 """Laws of the data room: one order, one result, whatever holds the images."""
 
+import io
 import json
 import os
 import pathlib
+import struct
 import subprocess
 import sys
 import threading
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from jepa_jax import data
-from jepa_jax.data import load, prepared
+from jepa_jax.data import cifar10, load, prepared
 from jepa_jax.data.cifar10 import LABEL_NAMES, write_cifar10
+from jepa_jax.data.images import open_image
 from jepa_jax.errors import ConfigError, DataError
 
 FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "cifar10_small.npz"
@@ -504,6 +509,60 @@ def test_images_of_mixed_sizes_are_refused(tmp_path):
     prepare_tiny(tmp_path, "mixed", features, examples)
     with pytest.raises(DataError, match=r"differ in size .*\(5, 4, 3\)"):
         data.load_dataset("mixed", data_dir=str(tmp_path))
+
+
+def write_with_png(root, content):
+    """A cifar10 whose images were all written as these bytes."""
+    images, labels = np.zeros((4, 32, 32, 3), np.uint8), [0] * 4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cifar10, "_png", lambda image: content)
+        write_cifar10(root, (images, labels), (images, labels))
+
+
+def test_a_record_that_claims_many_pixels_is_refused_before_it_is_decoded(tmp_path):
+    header = struct.pack(">IIBBBBB", 9400, 9400, 8, 2, 0, 0, 0)  # below Pillow's own limit
+    chunk = struct.pack(">I4s", len(header), b"IHDR") + header
+    png = b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    # Pillow reads on to where the pixels begin.
+    png += struct.pack(">I4s", 16, b"IDAT") + bytes(20)
+    write_with_png(tmp_path, png)
+    assert_damaged(tmp_path, "an image of 9400x9400 pixels")
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"%!PS-Adobe-3.0 EPSF-3.0\n"])
+def test_a_record_that_is_no_png_or_jpeg_is_one_line(tmp_path, content):
+    write_with_png(tmp_path, content)
+    assert_damaged(tmp_path, "is damaged (")
+
+
+def assert_damaged(root, reason):
+    for lazy in (False, True):
+        with pytest.raises(DataError, match="is damaged") as caught:
+            data.load_dataset("cifar10", data_dir=str(root), lazy=lazy)
+        assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_jpegs_are_opened_too():
+    image = np.full((8, 8, 3), 100, np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="JPEG")
+    np.testing.assert_array_equal(open_image(buffer.getvalue()), image)
+
+
+def test_a_label_of_no_class_is_damage(root):
+    names = version_folder(root) / "label.labels.txt"
+    names.write_text("\n".join(LABEL_NAMES[:3]))
+    assert_damaged(root, "of 3 classes")
+
+
+def test_metadata_nested_without_end_is_one_line(root):
+    (version_folder(root) / "dataset_info.json").write_text("[" * 100_000)
+    assert_damaged(root, "recursion")
+
+
+def test_a_data_folder_of_nobody_is_one_line():
+    with pytest.raises(DataError, match="the data folder ~nobody-here/x cannot be found"):
+        data.data_dir("~nobody-here/x")
 
 
 @pytest.mark.parametrize("missing", ["image", "label"])

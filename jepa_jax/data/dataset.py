@@ -3,15 +3,14 @@
 import concurrent.futures
 import copy
 import dataclasses
-import io
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from jepa_jax.data import prepared
+from jepa_jax.data.images import open_image
 from jepa_jax.errors import ConfigError, DataError
 
 
@@ -93,15 +92,16 @@ class Records:
 
     def _decode(self, record: dict[str, Any], shape: tuple[int, ...] = ()) -> np.ndarray:
         try:
-            image = np.asarray(Image.open(io.BytesIO(record[self._image_key])).convert("RGB"))
-        except (OSError, ValueError, SyntaxError) as error:
+            opened = open_image(record[self._image_key])
+            found = (opened.height, opened.width, 3)
+            if shape in ((), found):
+                return np.asarray(opened.convert("RGB"))
+        except Exception as error:  # Pillow raises many kinds
             raise prepared.damaged(self._folder, error) from error
-        if shape and image.shape != shape:
-            raise DataError(
-                f"the images in {self._folder} differ in size ({image.shape} and {shape}): only "
-                "datasets whose images share one size can be read"
-            )
-        return image
+        raise DataError(
+            f"the images in {self._folder} differ in size ({found} and {shape}): only "
+            "datasets whose images share one size can be read"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,6 +53,7 @@ def load_dataset(
             arrays |= _read_all(split, records, with_images=not lazy)
         # Also for labels alone: scanning large records for them takes long.
         _write_cache(folder, arrays)
+    _check_labels(arrays, folder)
     images = splits if lazy else {s: arrays.get(f"{s}_images") for s in ("train", "test")}
     return Dataset(
         name=name,
@@ -149,6 +150,15 @@ def _check_shards(folder: pathlib.Path, split: Any) -> None:
         reader.close()
         if found != expected:
             raise prepared.damaged(folder, f"{path.name} has {found} records, not {expected}")
+
+
+def _check_labels(arrays: dict[str, np.ndarray], folder: pathlib.Path) -> None:
+    """DataError unless every label is that of a class, or -1: others would train on silently."""
+    num_classes = len(arrays["label_names"])
+    for split in ("train", "test"):
+        labels = arrays.get(f"{split}_labels", np.empty(0, np.int32))
+        if wrong := labels[(labels < -1) | (labels >= num_classes)][:1].tolist():
+            raise prepared.damaged(folder, f"label {wrong[0]} of {num_classes} classes")
 
 
 def _read_all(split: str, records: Records, with_images: bool) -> dict[str, np.ndarray]:

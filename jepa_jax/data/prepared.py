@@ -18,9 +18,17 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 def data_dir(configured: str = "") -> pathlib.Path:
-    """The data folder: `configured`, else EBJEPA_DSETS, else TFDS_DATA_DIR, else tfds's default."""
+    """The data folder: `configured`, else EBJEPA_DSETS, else TFDS_DATA_DIR, else tfds's default.
+
+    Raises:
+      DataError: it is below the home of a user whom this machine does not know.
+    """
     chosen = configured or os.environ.get("EBJEPA_DSETS") or os.environ.get("TFDS_DATA_DIR")
-    return pathlib.Path(chosen or "~/tensorflow_datasets").expanduser().absolute()
+    folder = pathlib.Path(chosen or "~/tensorflow_datasets")
+    try:
+        return folder.expanduser().absolute()
+    except RuntimeError as error:  # no such user
+        raise DataError(f"the data folder {folder} cannot be found: {error}") from error
 
 
 def copies(root: pathlib.Path, name: str) -> dict[pathlib.Path, str]:
@@ -72,7 +80,7 @@ def free_home(root: pathlib.Path, name: str) -> pathlib.Path:
 def _read_info(folder: pathlib.Path) -> dict:
     try:
         return dict(json.loads((folder / _INFO).read_text()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise damaged(folder, f"{_INFO} cannot be read ({error})") from error
 
 

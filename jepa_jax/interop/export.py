@@ -7,9 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jepa_jax.checkpoint import check_shapes, shapes_of
+from jepa_jax.errors import CheckpointError
+from jepa_jax.interop.torch_file import shown
 from jepa_jax.interop.torch_names import from_torch, to_torch
 from jepa_jax.models import Encoder
 
+_LARGEST_SIDE = 4096
 # One program that runs on any of them: nothing in a ResNet is written for one kind.
 _PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -47,9 +51,13 @@ def serialize_encoder(
       encoder: of a model without a projector.
       variables: its variables; only their names and shapes are looked at.
       image_shape: (H, W, 3).
+
+    Raises:
+      CheckpointError: if the variables are not the encoder's, or the images are none.
     """
 
     like = {kind: {"encoder": tree["encoder"]} for kind, tree in variables.items()}
+    _check(encoder, like, image_shape)
 
     def embed(tensors, images):
         named = {f"encoder.{name}": tensor for name, tensor in tensors.items()}
@@ -64,3 +72,19 @@ def serialize_encoder(
     images = jax.ShapeDtypeStruct(batch, jnp.float32)
     exported = jax.export.export(jax.jit(embed), platforms=_PLATFORMS)(shapes, images)
     return bytes(exported.serialize())
+
+
+def _check(encoder: Encoder, variables: Mapping[str, Any], image_shape: Any) -> None:
+    """Of what a folder's files say, before a program is made of it."""
+    sides = image_shape if isinstance(image_shape, list | tuple) else ()
+    are_sides = all(type(side) is int and 0 < side <= _LARGEST_SIDE for side in sides)
+    if len(sides) != 3 or not are_sides or sides[2] != 3:
+        raise CheckpointError(f"there are no images of the shape {shown(str(image_shape))}")
+    images = jax.ShapeDtypeStruct((2, *sides), jnp.float32)
+    wanted = jax.eval_shape(encoder.model.init, jax.random.key(0), images)
+    try:
+        check_shapes(shapes_of(variables), {kind: wanted.get(kind, {}) for kind in variables})
+    except ValueError as error:
+        raise CheckpointError(
+            f"the weights are of another encoder than their config describes: {error}"
+        ) from error

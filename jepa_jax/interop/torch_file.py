@@ -31,6 +31,11 @@ _SAFETENSORS_DTYPES = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
+# A ResNet-34 with its optimiser's state and a momentum encoder has 0.4 GB; a sparse file of a few
+# bytes on the disk may say that it has terabytes.
+_MOST_BYTES = 8 * 2**30
+# Of safetensors' JSON, some 100 bytes a tensor: a ResNet has a few hundred.
+_MOST_HEADER_BYTES = 8 * 2**20
 # A pickle of the number that files of torch.save before 1.6 begin with, after its protocol.
 _LEGACY_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 _SAVE_WEIGHTS = "torch.save(model.state_dict(), 'weights.pth')"
@@ -61,8 +66,9 @@ def read_file(path: str | os.PathLike[str]) -> tuple[Any, str]:
         if not path.is_file():
             raise CheckpointError(f"{path} is not a file")
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return _read(path, file), digest
+            content = _read(path, file)
+            file.seek(0)
+            return content, hashlib.file_digest(file, "sha256").hexdigest()
     except CheckpointError:
         raise
     except PermissionError as error:
@@ -89,6 +95,8 @@ def _read(path: pathlib.Path, file: BinaryIO) -> Any:
     file.seek(0)
     if not size:
         raise CheckpointError(f"{path} is empty")
+    if size > _MOST_BYTES:
+        raise CheckpointError(f"{path} has {size} bytes, more than any ResNet")
     if start.startswith(b"PK\x03\x04"):
         return _read_zip(path, file, size)
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
@@ -107,7 +115,10 @@ def _read(path: pathlib.Path, file: BinaryIO) -> Any:
 
 def _read_safetensors(path: pathlib.Path, file: BinaryIO) -> dict[str, np.ndarray]:
     """safetensors.deserialize rather than safetensors.numpy, whose releases differ in bfloat16."""
-    arrays = {}
+    arrays, header_bytes = {}, int.from_bytes(file.read(8), "little")
+    if header_bytes > _MOST_HEADER_BYTES:
+        raise ValueError(f"a header of {header_bytes} bytes, far more than tensors need")
+    file.seek(0)
     # It gives them in another order each time.
     for name, tensor in sorted(safetensors.deserialize(file.read()), key=lambda item: item[0]):
         if tensor["dtype"] not in _SAFETENSORS_DTYPES:

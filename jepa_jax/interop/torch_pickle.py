@@ -34,6 +34,9 @@ _SIZE = "torch Size"
 _KNOWN = {*_STORAGE_DTYPES, _ORDERED_DICT, _TENSOR, _PARAMETER, _SIZE}
 
 _KEY_TYPES = (str, int, bool, type(None))
+# Some 40 a tensor. Each may make an object of a hundred bytes, so that a program of nothing else
+# would take a hundred times its size.
+_MOST_INSTRUCTIONS = 1_000_000
 
 ReadStorage = Callable[[str], bytes]
 
@@ -71,7 +74,9 @@ def read_pickle(program: bytes, read_storage: ReadStorage) -> Any:
     """
     machine = _Machine(read_storage)
     end = 0
-    for instruction, argument, position in pickletools.genops(program):
+    for count, (instruction, argument, position) in enumerate(pickletools.genops(program)):
+        if count == _MOST_INSTRUCTIONS:
+            raise ValueError(f"a pickle of more than {_MOST_INSTRUCTIONS:,} instructions")
         machine.step(instruction.name, argument)
         end = position + 1
     # The last instruction, STOP, is one byte.
