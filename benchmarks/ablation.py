@@ -31,13 +31,13 @@ from benchmarks.figures import (
 from configs import rapid, rapid_fixed
 from jepa_jax.data import Dataset, take
 from jepa_jax.evaluation import evaluate_representation
+from jepa_jax.loop import train_step_of
 from jepa_jax.losses import paper_cov_coeff
 from jepa_jax.models import normalize
 from jepa_jax.optim import create_optimizer
 from jepa_jax.plan import Plan, clean_images, initial_state, make_plan
 from jepa_jax.probes import accuracy
 from jepa_jax.representation import extract_features, reestimate_batch_stats, split_validation
-from jepa_jax.train import train_step_of
 from jepa_jax.train_step import HParams, TrainState, learning_rate, probe_logits, stream_key
 
 Overrides = dict[str, Any]

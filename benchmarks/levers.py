@@ -34,10 +34,10 @@ from jepa_jax import losses
 from jepa_jax.augment import two_views
 from jepa_jax.data import Dataset
 from jepa_jax.evaluation import evaluate_representation
+from jepa_jax.loop import make_runner
 from jepa_jax.pace import with_epochs
 from jepa_jax.plan import Plan, clean_images, initial_state, make_plan
 from jepa_jax.representation import reestimate_batch_stats
-from jepa_jax.train import make_runner
 from jepa_jax.train_step import AugmentFn, LossFn
 
 _VIEW_SIZE, _NUM_IMAGES = cpu.get_config().data.view_size, 50_000

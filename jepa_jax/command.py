@@ -62,8 +62,8 @@ def errors_as_lines(interrupted: str) -> Iterator[None]:
     Args:
       interrupted: what to say on Ctrl-C.
     """
-    # orbax warns of what is as it should be.
-    logging.set_verbosity(logging.ERROR)
+    # orbax warns of what is as it should be, and what went wrong is said in a line of our own.
+    logging.set_verbosity(logging.FATAL)
     # A name that the terminal cannot show must not end what has been done.
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -71,5 +71,10 @@ def errors_as_lines(interrupted: str) -> Iterator[None]:
         yield
     except JepaError as error:
         fail(str(error), error.exit_code)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        fail(f"{where}{error.strerror or error}")
+    except MemoryError:
+        fail("this machine has not enough memory for that")
     except KeyboardInterrupt:
         fail(interrupted, 128 + signal.SIGINT)

@@ -14,11 +14,11 @@ from ml_collections import ConfigDict
 
 from jepa_jax.data import Dataset
 from jepa_jax.errors import CheckpointError, ConfigError
+from jepa_jax.loop import make_runner, make_watch, online_probe
 from jepa_jax.metrics import read_json, write_json
 from jepa_jax.plan import Plan, clean_images, initial_state, make_plan
 from jepa_jax.progress import duration, say
 from jepa_jax.representation import CHUNK, extract_features, reestimate_batch_stats
-from jepa_jax.train import make_runner, make_watch, online_probe
 from jepa_jax.train_step import TrainState
 
 _TURN_SECONDS = 2.0

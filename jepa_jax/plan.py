@@ -5,11 +5,9 @@ That state is fresh, the one of the last checkpoint, or fresh with another run's
 
 import dataclasses
 import functools
-import importlib.metadata
 import json
 import math
 import pathlib
-import platform
 import shutil
 import uuid
 from collections.abc import Callable
@@ -20,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jepa_jax import checkpoint, device
+from jepa_jax import checkpoint
 from jepa_jax.augment import pairs_of_views, resize_images
 from jepa_jax.config import (
     SCHEMA_VERSION,
@@ -31,6 +29,7 @@ from jepa_jax.config import (
     view_options,
 )
 from jepa_jax.data import Dataset, Records, choose_placement, epoch_order, load_dataset
+from jepa_jax.environment import describe_environment
 from jepa_jax.errors import CheckpointError, ConfigError
 from jepa_jax.evaluation import has_labels
 from jepa_jax.metrics import read_json, write_json
@@ -43,6 +42,7 @@ from jepa_jax.train_step import (
     LossFn,
     TrainState,
     create_train_state,
+    fault_places,
     stream_key,
     vicreg,
 )
@@ -130,6 +130,11 @@ class Plan:
 
         h, z = jax.eval_shape(embed, stream_key(self.hparams.seed, "init"))
         return h.shape[-1], z.shape[-1]
+
+    @functools.cached_property
+    def fault_places(self) -> list[str]:
+        """Of `train_step.fault_places`."""
+        return fault_places(jax.eval_shape(self.create_state, self.hparams).params)
 
     @property
     def views_fn(self) -> AugmentFn:
@@ -394,6 +399,7 @@ def new_progress() -> dict[str, Any]:
         "total_seconds": 0.0,
         "phases": {},
         "collapse": None,
+        "back_offs": 0,
         "run_id": uuid.uuid4().hex[:12],
     }
 
@@ -427,21 +433,14 @@ def claim_workdir(plan: Plan, has_checkpoint: bool) -> None:
     for name in ("summary.json", "evaluation.json", "report.html"):
         (plan.workdir / name).unlink(missing_ok=True)
     shutil.rmtree(plan.workdir / "encoder", ignore_errors=True)
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    environment = {
-        "python": platform.python_version(),
-        **versions,
-        "device": device.describe(),
-    }
+    environment = describe_environment()
     write_json(path, {**identity, "schema_version": SCHEMA_VERSION, "environment": environment})
 
 
 def starting_state(plan: Plan, checkpoints: checkpoint.Checkpoints, state: TrainState):
-    """(state, progress): from the latest checkpoint, from another run's parameters, or fresh."""
-    step = checkpoints.latest_step()
-    if step is not None:
-        state, stored = checkpoints.restore(step, state)
+    """(state, progress): from the newest sound checkpoint, another run's parameters, or fresh."""
+    if found := checkpoints.restore_latest(state):
+        _, state, stored = found
         return state, {**new_progress(), **stored}
     if plan.init_from:
         state = _with_parameters_of(plan, state)

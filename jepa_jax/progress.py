@@ -78,6 +78,11 @@ class Progress:
         self._show(loss=f"{loss:.4f}", images_per_s=f"{speed:.0f}")
         self._bar.update(num_steps)
 
+    def go_back(self, step: int) -> None:
+        """Shows that the run stands at an earlier step again."""
+        self._bar.n = step
+        self._bar.refresh()
+
     def expect(self, num_steps: int, seconds: float, steps_left: int) -> None:
         """Says once, a few seconds into the training, how long it will take."""
         self._steps, self._seconds = self._steps + num_steps, self._seconds + seconds

@@ -20,7 +20,9 @@ from jepa_jax.optim import create_optimizer, late_epoch_warmup_cosine, warmup_co
 
 Metrics = dict[str, jax.Array]
 # What a step reports beside the loss's own terms.
-RESERVED_METRICS = ("loss", "lr", "grad_norm", "probe_loss", "probe_acc")
+RESERVED_METRICS = ("loss", "lr", "grad_norm", "probe_loss", "probe_acc", "fault")
+# The one among them that says where something is not finite: no figure, so nothing averages it.
+FAULT = "fault"
 
 
 @flax.struct.dataclass
@@ -202,6 +204,32 @@ def _check_scalars(loss: jax.Array, terms: Metrics) -> None:
             raise ValueError(f"loss_fn may not call a term {name!r}, a metric of the step itself")
 
 
+def fault_places(params: Any) -> list[str]:
+    """What the metric `fault` speaks of, in words: place n of this list is fault n + 1."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    gradients = [f"the gradient of {name} is not finite" for name in names]
+    parameters = [f"the parameter {name} is not finite" for name in names]
+    views = "a view of an image is not finite"
+    return [views, *gradients, *parameters, "no gradient is finite"]
+
+
+def _fault(views: list[jax.Array], grad_squares: list[jax.Array], params: Any) -> jax.Array:
+    """0, or the number of the first place that is not finite, see `fault_places`."""
+
+    def is_bad(array):
+        return ~jnp.all(jnp.isfinite(array))
+
+    gradients = jnp.stack([is_bad(square) for square in grad_squares])
+    is_bad_view = is_bad(views[0]) | is_bad(views[1])
+    parameters = [is_bad(leaf) for leaf in jax.tree.leaves(params)]
+    flags = jnp.concatenate([is_bad_view[None], gradients, jnp.stack(parameters)])
+    first = jnp.where(jnp.any(flags), jnp.argmax(flags) + 1, 0)
+    # As when the loss itself is not finite: the first of them would be a misleading name.
+    is_everywhere = jnp.all(gradients) & ~is_bad_view
+    return jnp.where(is_everywhere, len(flags) + 1, first).astype(jnp.float32)
+
+
 def make_train_step(
     model: ModelFns,
     *,
@@ -227,7 +255,8 @@ def make_train_step(
 
     Returns:
       a function of images uint8 [B, H, W, C] and int32 labels [B], -1 for no label. Metrics are
-      float32 scalars: loss, the loss's terms, lr, grad_norm, probe_loss and probe_acc.
+      float32 scalars: loss, the loss's terms, lr, grad_norm, probe_loss, probe_acc, and fault, 0
+      as long as views, gradients and parameters are finite (see `fault_places`).
     """
 
     def loss_and_aux(params, batch_stats, views, loss_key, hparams):
@@ -258,13 +287,17 @@ def make_train_step(
                 grads, state.opt_state, state.params
             )
             params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("finite"):
+            grad_squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(grads)]
+            fault = _fault(views, grad_squares, params)
         with jax.named_scope("probe"):
             probe, probe_metrics = update_probe(state.probe, h, labels, hparams)
         metrics = {
             "loss": loss,
             **terms,
             "lr": learning_rate(hparams, state.step),
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": jnp.sqrt(sum(grad_squares)),
+            FAULT: fault,
             **probe_metrics,
         }
         return TrainState(state.step + 1, params, batch_stats, opt_state, probe), metrics

@@ -94,7 +94,9 @@ class Watch:
             has_encoder = isinstance(grads, Mapping) and "encoder" in grads
             return optax.tree.norm(grads["encoder"] if has_encoder else grads)
 
-        self._views, self._embed, self._terms_of = jax.jit(views_of), jax.jit(embed), terms_of
+        self._views, self._embed = jax.jit(views_of), jax.jit(embed)
+        # jax.eval_shape of a plain function remembers each of its calls: some KB an epoch.
+        self._terms_of = jax.jit(terms_of)
         # Term by term down to the embedding: one that has no derivative spoils no other.
         self._pulls = jax.jit(pulls, static_argnums=1)
         self._gradient_norm = jax.jit(gradient_norm)
@@ -134,7 +136,7 @@ class Watch:
         views = self._views_of(0)
         embeddings = [self._embed(variables, view)[1] for view in views]
         norms = {}
-        for name in jax.eval_shape(self._terms_of, embeddings):
+        for name in self._terms_of.eval_shape(embeddings):
             weight = self._term_weights.get(name, 1.0)
             norm = self._gradient_norm(variables, views, self._pulls(embeddings, name))
             norms[name] = weight * float(norm)

@@ -16,12 +16,14 @@ PACKAGE = pathlib.Path(jepa_jax.__file__).parent
 # A room imports only from lower floors, never sideways. `data` is one room.
 FLOORS = (
     {"errors"},
-    {"augment", "health", "losses", "optim", "probes", "command", "device", "progress", "signals"},
-    {"checkpoint", "data", "metrics", "models", "profile", "random_patches"},
+    {"augment", "health", "losses", "optim", "probes"}
+    | {"command", "device", "lock", "progress", "signals"},
+    {"checkpoint", "data", "environment", "metrics", "models", "profile", "random_patches"},
     {"interop", "representation", "sgd_probe", "train_step"},  # pure training and features
-    {"config", "evaluation", "runner", "watch"},
+    {"config", "divergence", "evaluation", "runner", "watch"},
     {"config_flags", "plan"},
-    {"api", "train"},
+    {"api", "loop"},
+    {"train"},
     {"pace"},
     {"compare", "convert", "evaluate", "report"},
     {"benchmark", "main", "sweep"},

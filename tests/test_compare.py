@@ -29,10 +29,10 @@ from jepa_jax.config import hparams_from, view_options
 from jepa_jax.data import from_arrays
 from jepa_jax.data.cifar10 import write_cifar10
 from jepa_jax.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from jepa_jax.loop import train_step_of
 from jepa_jax.metrics import read_json, write_json
 from jepa_jax.pace import with_epochs
 from jepa_jax.plan import initial_state, make_plan
-from jepa_jax.train import train_step_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 ROOT = pathlib.Path(__file__).parent.parent

@@ -16,7 +16,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jepa_jax import api, convert, export_encoder, import_torch, interop, load_encoder, train
+from jepa_jax import (
+    api,
+    convert,
+    export_encoder,
+    import_torch,
+    interop,
+    load_encoder,
+    loop,
+    train,
+)
 from jepa_jax.errors import CheckpointError
 from jepa_jax.interop.torch_file import read_file
 
@@ -293,7 +302,7 @@ def start(tiny_config, small_cifar, tmp_path, monkeypatch):
     def stop(plan, state, *_):
         raise Started(jax.device_get(state))
 
-    monkeypatch.setattr(train, "_train", stop)
+    monkeypatch.setattr(loop, "train", stop)
 
     def call(init_from, changes):
         config = tiny_config.copy_and_resolve_references()
@@ -419,7 +428,7 @@ def test_a_signal_while_writing_waits_and_leaves_nothing(monkeypatch, capsys, tm
     def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         original(*arguments)
-        assert (arguments[0] / "_METADATA").exists()
+        assert (arguments[0] / "_CHECKPOINT_METADATA").exists()
 
     monkeypatch.setattr(api.checkpoint, "save_tree", interrupted)
     handler = signal.getsignal(signal.SIGTERM)

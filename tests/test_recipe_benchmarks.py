@@ -14,8 +14,8 @@ from jepa_jax import from_arrays
 from jepa_jax.augment import two_views
 from jepa_jax.config import hparams_from
 from jepa_jax.data import take
+from jepa_jax.loop import train_step_of
 from jepa_jax.plan import initial_state, make_plan
-from jepa_jax.train import train_step_of
 from jepa_jax.train_step import HParams
 
 

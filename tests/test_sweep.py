@@ -30,7 +30,7 @@ from jepa_jax.sweep.shared import shared_steps
 from jepa_jax.train import train_and_evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-RATES = [{"optim.lr": 0.1}, {"optim.lr": 0.3}, {"optim.lr": 1e30}]
+RATES = [{"optim.lr": 0.1}, {"optim.lr": 0.3}, {"optim.lr": 1e6}]
 
 
 @pytest.fixture(scope="module")
@@ -308,9 +308,9 @@ def test_a_diverged_point_is_a_row_that_says_when_and_which_term(swept):
     assert row["status"] == "diverged" and row["val_ridge_probe_acc"] is None
     for cell in row["cells"]:
         assert cell["reason"].split(" became ")[0].endswith(("loss", "grad_norm"))
-        assert int(cell["reason"].rsplit(" ", 1)[1]) == cell["steps"] < 8
+        assert f"at step {cell['steps']} (" in cell["reason"] and cell["steps"] < 8
     assert [one["status"] for one in document["rows"][:2]] == ["finished"] * 2
-    assert "diverged" in as_markdown(document) and document["winner"]["label"] != "1e+30"
+    assert "diverged" in as_markdown(document) and document["winner"]["label"] != "1e+06"
 
 
 def test_one_program_serves_every_rate_and_seed(swept):
@@ -326,7 +326,7 @@ def test_the_winner_is_the_best_on_val_and_its_flags_are_its_point(swept):
     assert header[0] == "optim.lr" and [row[0] for row in rows] == [
         "0.1",
         "0.3",
-        "1e+30",
+        "1e+06",
         "untrained",
     ]
 
@@ -458,7 +458,8 @@ def test_a_stop_after_a_shared_start_loses_nothing_of_it(
 
 def test_what_diverges_in_a_shared_start_does_so_in_every_length(of_lengths, small_cifar, tmp_path):
     config = of_lengths.copy_and_resolve_references()
-    config.optim.lr = config.optim.warmup_start_lr = 1e30
+    config.optim.lr = config.optim.warmup_start_lr = config.loss.cov_coeff = 1e6
+    config.loss.sim_coeff = config.loss.std_coeff = 1e6
     document = Sweep(config, LENGTHS, tmp_path, num_seeds=1, stack=1, dataset=small_cifar).run()
     reasons = {cell["reason"] for cell in cells_of(document).values()}
     assert [row["status"] for row in document["rows"]] == ["diverged"] * 3

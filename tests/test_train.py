@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import signal
 
 import flax.linen as nn
@@ -11,13 +12,13 @@ import numpy as np
 import pytest
 
 import jepa_jax
-from jepa_jax import checkpoint, device, plan, runner, train
+from jepa_jax import checkpoint, device, loop, plan, runner, train
 from jepa_jax.augment import resized_crop, to_float
 from jepa_jax.config import create_encoder, validate
 from jepa_jax.data import from_arrays
 from jepa_jax.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from jepa_jax.metrics import read_metrics
-from jepa_jax.models import linen_model, patch_whitening_kernel
+from jepa_jax.models import ModelFns, linen_model, patch_whitening_kernel
 from jepa_jax.optim import warmup_cosine
 from jepa_jax.representation import split_validation
 from jepa_jax.train_step import probe_logits, stream_key, vicreg
@@ -80,9 +81,9 @@ def signal_after(monkeypatch, step, number=signal.SIGTERM):
     original = runner.Runner.run
     done = 0
 
-    def interrupted(self, state, order):
+    def interrupted(self, *arguments):
         nonlocal done
-        for item in original(self, state, order):
+        for item in original(self, *arguments):
             before, done = done, done + item[2]
             if before < step <= done:
                 signal.raise_signal(number)
@@ -165,7 +166,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(run, whole_runs, monkeypatch, 
 def test_a_second_signal_does_not_wait(run, monkeypatch, tmp_path):
     signal_after(monkeypatch, 2, signal.SIGINT)
     monkeypatch.setattr(
-        train, "_finish_epoch", lambda *args: pytest.fail("the epoch should not be finished")
+        loop, "_finish_epoch", lambda *args: pytest.fail("the epoch should not be finished")
     )
     original = checkpoint.Checkpoints.save
 
@@ -203,7 +204,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(run, whole_runs)
 def test_a_finished_run_is_not_trained_again(run, monkeypatch):
     first, workdir = run()
     before = summary_of(workdir)
-    monkeypatch.setattr(train, "_train", lambda *args: pytest.fail("it trained again"))
+    monkeypatch.setattr(loop, "train", lambda *args: pytest.fail("it trained again"))
     second, _ = run()
     assert_same_state(first, second)
     assert summary_of(workdir) == before
@@ -247,10 +248,10 @@ def test_what_changes_nothing_learnt_may_change_on_resume(run, whole_runs, monke
 def test_init_from_starts_from_another_runs_parameters(run, whole_runs, monkeypatch, tmp_path):
     source, workdir = whole_runs[1]
     seen = []
-    original = train._train
+    original = loop.train
     monkeypatch.setattr(
-        train,
-        "_train",
+        loop,
+        "train",
         lambda plan, state, *rest: (
             seen.append(jax.device_get(state)),
             original(plan, state, *rest),
@@ -279,9 +280,9 @@ def test_divergence_leaves_the_last_good_checkpoint(run, monkeypatch, tmp_path):
     original = runner.Runner.run
     done = 0
 
-    def poisoned(self, state, order):
+    def poisoned(self, *arguments):
         nonlocal done
-        for newest, metrics, count in original(self, state, order):
+        for newest, metrics, count in original(self, *arguments):
             done += count
             if done == 7:
                 metrics = {**metrics, "cov_loss": jnp.float32(jnp.inf)}
@@ -354,14 +355,15 @@ def test_data_larger_than_the_device_is_refused_before_it_is_sent(run, monkeypat
 
 def test_early_stopping_reads_validation_only(run, monkeypatch):
     val_accs = iter([0.5, 0.4, 0.3])
-    monkeypatch.setattr(
-        train,
-        "online_probe",
-        lambda plan, state: {
+
+    def measured(plan, state):
+        return {
             "val/online_probe_acc": next(val_accs, 0.0),
             "test/online_probe_acc": float(state.step) / 100,
-        },
-    )
+        }
+
+    monkeypatch.setattr(loop, "online_probe", measured)
+    monkeypatch.setattr(train, "online_probe", measured)
     state, workdir = run(overrides={"training.early_stop_epochs": 1})
     assert int(state.step) == 2 * STEPS_PER_EPOCH
     assert summary_of(workdir)["epochs"] == 2
@@ -584,9 +586,9 @@ def test_one_compilation_per_run(run, monkeypatch):
         )
     )
     counts, traces = [], []
-    original_write, original_make = train.MetricsWriter.write, train.make_train_step
+    original_write, original_make = loop.MetricsWriter.write, loop.make_train_step
     monkeypatch.setattr(
-        train.MetricsWriter,
+        loop.MetricsWriter,
         "write",
         lambda self, row: (counts.append(len(compiled)), original_write(self, row)),
     )
@@ -595,20 +597,20 @@ def test_one_compilation_per_run(run, monkeypatch):
         step = original_make(*args, **options)
         return lambda *inputs: (traces.append(1), step(*inputs))[1]
 
-    monkeypatch.setattr(train, "make_train_step", counting)
+    monkeypatch.setattr(loop, "make_train_step", counting)
     run(overrides={"training.scan_steps": 1})
     assert counts[0] > 0 and counts[0] == counts[-1] and len(counts) == 3
     assert len(traces) == 1
 
 
 def test_no_implicit_transfer_inside_an_epoch(run, monkeypatch, scan_steps):
-    original = train._train_epoch
+    original = loop._train_epoch
 
     def guarded(*args):
         with jax.transfer_guard("disallow"):
             return original(*args)
 
-    monkeypatch.setattr(train, "_train_epoch", guarded)
+    monkeypatch.setattr(loop, "_train_epoch", guarded)
     run(overrides={"training.scan_steps": scan_steps})
     with jax.transfer_guard("disallow"), pytest.raises(Exception, match="[Dd]isallowed"):
         jnp.add(jnp.float32(1), np.ones(3, np.float32))  # the guard does guard
@@ -686,14 +688,164 @@ def test_a_workdir_that_cannot_be_written_is_refused(run, tmp_path):
         run("file/run")
 
 
-def test_a_damaged_checkpoint_is_one_line(run, tmp_path, monkeypatch):
+def test_a_damaged_checkpoint_costs_the_way_back_to_the_one_before(
+    run, whole_runs, tmp_path, monkeypatch, capsys
+):
     with monkeypatch.context() as patch:
         signal_after(patch, 6)
         with pytest.raises(Interrupted):
             run()
-    for path in (tmp_path / "run" / "checkpoints" / "6").rglob("*"):
-        if path.is_file() and path.stat().st_size > 200:
+    for path in (tmp_path / "run" / "checkpoints" / "6" / "state").rglob("*"):
+        if path.is_file():
             path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match="checkpoints/6 cannot be restored") as refused:
+    state, workdir = run()
+    printed = capsys.readouterr().out
+    assert "checkpoints/6 is damaged" in printed and "going on from step 4" in printed
+    assert "resumed   at step 4" in printed
+    assert_same_state(state, whole_runs[1][0])
+    assert rows_without_times(workdir) == rows_without_times(whole_runs[1][1])
+
+
+# --- numbers ----------------------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def poisoned(kernel, is_it):
+    """The kernel, whose gradient is NaN when `is_it`; nothing else of a step is."""
+    del is_it
+    return kernel
+
+
+poisoned.defvjp(
+    lambda kernel, is_it: (kernel, is_it),
+    lambda is_it, gradient: (jnp.where(is_it, jnp.nan, gradient), jnp.zeros_like(is_it)),
+)
+
+
+def poisoned_model(bad_step):
+    """Two layers; the gradient of the second is NaN at a step, which its statistics count."""
+
+    def init(key, images):
+        size = images[0].size
+        first = jax.random.normal(key, (size, 6)) / size**0.5
+        params = {"first": {"kernel": first}, "second": {"kernel": jnp.eye(6)}}
+        return {"params": params, "batch_stats": {"calls": jnp.zeros([])}}
+
+    def apply(variables, images, train):
+        params, calls = variables["params"], variables["batch_stats"]["calls"]
+        h = images.reshape(len(images), -1) @ params["first"]["kernel"]
+        z = h @ poisoned(params["second"]["kernel"], (calls == 2 * bad_step).astype(jnp.float32))
+        return (h, z), {"calls": calls + np.float32(train)}
+
+    return ModelFns(init, apply)
+
+
+@pytest.mark.parametrize("scan_steps", [1, 2])
+def test_a_nan_in_a_gradient_is_named_with_its_step_and_its_layer(run, tmp_path, scan_steps):
+    overrides = {
+        "training.scan_steps": scan_steps,
+        "optim.lr": 0.01,  # the model has nothing that bounds its gradients
+        "loss.cov_coeff": 0.2,
+    }
+    message = r"grad_norm became nan at step 6 \(the gradient of second/kernel is not finite\)"
+    with pytest.raises(TrainingError, match=f"{message}.*on record is step 4") as error:
+        run("bad", encoder=poisoned_model(6), overrides=overrides)
+    assert "\n" not in str(error.value)
+    assert len(read_metrics(tmp_path / "bad" / "metrics.jsonl")) == 1
+
+
+@pytest.mark.parametrize("scan_steps", [1, 2])
+def test_a_nan_in_an_image_is_named_with_its_step(run, scan_steps):
+    bad_key = jax.random.key_data(stream_key(np.uint32(0), "views", 6))
+
+    def views(key, images):
+        x1, x2 = flips(key, images)
+        is_it = jnp.all(jax.random.key_data(key) == bad_key)
+        return jnp.where(is_it, jnp.nan, x1), x2
+
+    with pytest.raises(TrainingError, match=r"at step 6 \(a view of an image is not finite\)"):
+        run("bad", augment_fn=views, overrides={"training.scan_steps": scan_steps})
+
+
+def test_back_off_goes_back_halves_the_rate_and_is_the_same_after_a_stop(run, monkeypatch, capsys):
+    """The second layer's gradient is spoilt at step 6 as long as the rate is the config's own."""
+
+    def explodes(key, z1, z2, hparams):
+        loss, terms = vicreg(key, z1, z2, hparams)
+        is_bad = (hparams.lr > 0.2) & jnp.all(jax.random.key_data(key) == bad_key)
+        return jnp.where(is_bad, jnp.inf, loss), terms
+
+    bad_key = jax.random.key_data(stream_key(np.uint32(0), "loss", 6))
+    options = {"loss_fn": explodes, "overrides": {"training.on_nan": "back_off"}}
+    whole, workdir = run("whole", **options)
+    printed = capsys.readouterr().out
+    assert "loss became inf at step 6" in printed
+    assert "back at step 4, with the rate halved to 0.15 (1 of 3)" in printed
+    rows = read_metrics(workdir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [4, 8, 12]
+    # The rate of the last step of each epoch: the config's, then half of its.
+    rates = [warmup_cosine(n, peak=0.3, num_steps=12, warmup_steps=4, start=3e-5) for n in (7, 11)]
+    assert [row["train/lr"] for row in rows[1:]] == pytest.approx(
+        [float(rate) / 2 for rate in rates], rel=1e-3
+    )
+    with monkeypatch.context() as patch:
+        signal_after(patch, 12)  # of which 3 were in vain
+        with pytest.raises(Interrupted):
+            run("halves", **options)
+    resumed, _ = run("halves", **options)
+    assert_same_state(whole, resumed)
+
+
+def test_back_off_gives_up_after_three_times(run, capsys):
+    def explodes(key, z1, z2, hparams):
+        loss, terms = vicreg(key, z1, z2, hparams)
+        return loss * jnp.inf, terms
+
+    with pytest.raises(TrainingError, match="at a rate halved 3 times.*no step is on record"):
+        run(loss_fn=explodes, overrides={"training.on_nan": "back_off"})
+    assert capsys.readouterr().out.count("with the rate halved to") == 3
+
+
+def test_saves_by_the_clock_change_nothing_of_what_is_learnt(run, whole_runs, monkeypatch):
+    """A checkpoint at every step, and a kill that leaves the last of them."""
+    steps, original = [], checkpoint.Checkpoints.save
+
+    def save(self, step, *rest):
+        steps.append(step)
+        original(self, step, *rest)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", save)
+    overrides = {"logging.save_every_minutes": 1e-9, "logging.save_every": 10}
+    state, workdir = run(overrides=overrides)
+    assert steps == list(range(1, 13))
+    assert_same_state(state, whole_runs[1][0])
+    assert rows_without_times(workdir) == rows_without_times(whole_runs[1][1])
+
+
+# --- the folder -------------------------------------------------------------------------------
+
+
+def test_a_second_run_in_a_folder_is_refused(run, tmp_path, monkeypatch):
+    def second(*arguments):
+        with pytest.raises(CheckpointError, match=f"in use by process {os.getpid()} on"):
+            run()
+        raise TrainingError("enough")
+
+    monkeypatch.setattr(train, "make_plan", second)
+    with pytest.raises(TrainingError, match="enough"):
         run()
-    assert "\n" not in str(refused.value)
+
+
+def test_a_disk_that_takes_no_checkpoint_does_not_end_the_training(
+    run, whole_runs, monkeypatch, capsys
+):
+    def full(self, step, *rest):
+        raise checkpoint.NotSavedError("no checkpoint could be written (full)")
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", full)
+    state, _ = run()
+    assert_same_state(state, whole_runs[1][0])
+    assert capsys.readouterr().out.count("training goes on, no step is on record") == 3
+    signal_after(monkeypatch, 6)
+    with pytest.raises(Interrupted, match="step 6 of 12 and could not save it: no step is"):
+        run("stopped")

@@ -17,6 +17,7 @@ from jepa_jax.train_step import (
     HParams,
     TrainState,
     create_train_state,
+    fault_places,
     learning_rate,
     make_train_epoch,
     make_train_step,
@@ -245,6 +246,7 @@ def test_a_step_equals_one_written_by_hand(resnet_step, resnet_state, batch):
         "loss": loss,
         "lr": rate,
         "grad_norm": optax.tree.norm(gradients),
+        "fault": jnp.float32(0),
         "probe_loss": probe_loss,
         "probe_acc": probe_acc,
     }
@@ -252,6 +254,54 @@ def test_a_step_equals_one_written_by_hand(resnet_step, resnet_state, batch):
     terms = {"invariance_loss", "var_loss", "cov_loss"}
     assert set(metrics) == terms | set(expected)
     assert {(m.shape, m.dtype) for m in metrics.values()} == {((), jnp.dtype(jnp.float32))}
+
+
+def a_fault(batch, model=DENSE, augment_fn=dimmed, loss_fn=vicreg, **numbers):
+    """What the metric `fault` of one step says, in the words of `fault_places`; '' for 0."""
+    hparams = some_hparams(**numbers)
+    state = new_state(model, hparams, optimizer="sgd")
+    step = new_step(model, augment_fn, loss_fn=loss_fn, optimizer="sgd")
+    _, metrics = jax.jit(step)(state, *batch, hparams)
+    number = int(metrics["fault"])
+    return fault_places(state.params)[number - 1] if number else ""
+
+
+def test_nothing_is_at_fault_in_a_step_of_finite_numbers(batch):
+    assert a_fault(batch) == ""
+
+
+def test_a_view_that_is_not_finite_is_told_before_all_that_follows_from_it(batch):
+    def spoilt(key, images):
+        x1, x2 = dimmed(key, images)
+        return x1, x2.at[3, 0, 0, 0].set(jnp.inf)
+
+    assert a_fault(batch, augment_fn=spoilt) == "a view of an image is not finite"
+
+
+def test_a_loss_that_is_not_finite_spoils_every_gradient(batch):
+    def infinite(key, z1, z2, hparams):
+        loss, terms = vicreg(key, z1, z2, hparams)
+        return loss * jnp.inf, terms
+
+    assert a_fault(batch, loss_fn=infinite) == "no gradient is finite"
+
+
+def test_one_gradient_that_is_not_finite_is_named(batch):
+    """The root's slope at 0 is infinite: of the bias, which begins there, and of nothing else."""
+
+    def apply(variables, images, train):
+        params = variables["params"]
+        h = images.reshape(images.shape[0], -1) @ params["w"]
+        return (h, h + jnp.sqrt(params["b"])[None, :]), {}
+
+    model = ModelFns(dense_init, apply)
+    assert a_fault(batch, model=model) == "the gradient of b is not finite"
+
+
+def test_a_parameter_that_overflows_in_its_update_is_named_at_this_very_step(batch):
+    """By weight decay, which spares the bias; every gradient is finite."""
+    numbers = {"lr": 1e30, "weight_decay": 1e30, "warmup_steps": 0}
+    assert a_fault(batch, **numbers) == "the parameter w is not finite"
 
 
 def test_the_rate_follows_the_steps_of_the_hparams():

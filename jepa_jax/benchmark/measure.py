@@ -26,9 +26,9 @@ from jepa_jax.benchmark.table import (
 from jepa_jax.config import flatten, validate
 from jepa_jax.config_flags import GivenConfig, fit_to_device
 from jepa_jax.errors import JepaError
+from jepa_jax.loop import make_runner, train_step_of
 from jepa_jax.plan import Plan, initial_state
 from jepa_jax.progress import say
-from jepa_jax.train import make_runner, train_step_of
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")

@@ -20,8 +20,8 @@ from jepa_jax.benchmark.timing import REPEATS, spread
 from jepa_jax.config import compute_dtype, validate
 from jepa_jax.data import Dataset, from_arrays
 from jepa_jax.errors import TrainingError
+from jepa_jax.loop import make_runner
 from jepa_jax.plan import Plan, initial_state, make_plan
-from jepa_jax.train import make_runner
 from jepa_jax.train_step import TrainState
 
 NUM_IMAGES, NUM_TEST, SIDE, _NUM_CLASSES = 50_000, 10_000, 32, 10

@@ -21,11 +21,11 @@ from jepa_jax.augment import to_float
 from jepa_jax.data import Dataset
 from jepa_jax.errors import ConfigError, TrainingError
 from jepa_jax.evaluation import evaluate_representation
+from jepa_jax.loop import make_runner
 from jepa_jax.plan import Plan, clean_images, initial_state, whitening_stem
 from jepa_jax.progress import Phases
 from jepa_jax.random_patches import FEATURES_PER_FILTER, random_patches
 from jepa_jax.representation import reestimate_batch_stats
-from jepa_jax.train import make_runner
 from jepa_jax.train_step import TrainState
 
 PROBES = ("ridge", "knn")

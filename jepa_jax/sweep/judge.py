@@ -6,10 +6,10 @@ from typing import Any
 import jax
 
 from jepa_jax.evaluation import evaluate_representation
+from jepa_jax.loop import online_probe
 from jepa_jax.plan import Plan, clean_images, initial_state
 from jepa_jax.report.sweep_table import ONLINE, RANK_ME, RIDGE
 from jepa_jax.representation import reestimate_batch_stats
-from jepa_jax.train import online_probe
 from jepa_jax.train_step import TrainState
 
 

@@ -16,9 +16,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jepa_jax.errors import ConfigError
+from jepa_jax.loop import make_runner, train_step_of
 from jepa_jax.plan import Plan, training_labels
 from jepa_jax.runner import check_memory
-from jepa_jax.train import make_runner, train_step_of
 from jepa_jax.train_step import HParams, TrainState, make_train_epoch
 
 # A stack has to be faster by this share before it is taken: the measurement has noise.

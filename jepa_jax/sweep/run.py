@@ -22,6 +22,7 @@ from jepa_jax import checkpoint, device
 from jepa_jax.config import validate
 from jepa_jax.data import Dataset
 from jepa_jax.errors import CheckpointError, ConfigError, JepaError
+from jepa_jax.lock import only_process_in
 from jepa_jax.metrics import read_json, write_json
 from jepa_jax.pace import Cost, chosen_epochs, with_epochs
 from jepa_jax.plan import Plan, initial_state, make_plan
@@ -152,7 +153,8 @@ class Sweep:
           ConfigError, CheckpointError: as `pace.chosen_epochs`.
         """
         _prepare(self.workdir)
-        epochs = chosen_epochs(self.workdir, seconds, functools.partial(self._measure, spent))
+        with only_process_in(self.workdir):
+            epochs = chosen_epochs(self.workdir, seconds, functools.partial(self._measure, spent))
         self._config = with_epochs(self._config, epochs)
         self._cells = self._make_cells()
         self.__dict__.pop("_first_plan", None)
@@ -236,9 +238,14 @@ class Sweep:
 
         Raises:
           ConfigError, DataError: one line each.
+          CheckpointError: another process is at work in the folder.
           Interrupted: on a signal, with what is finished on record.
         """
         _prepare(self.workdir)
+        with only_process_in(self.workdir):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         self._read_earlier()
         unit = "RankMe" if not self._first_plan.has_labels else "ridge, val %"
         shares = rung_shares(len(self._points), self._factor) if self._factor else []

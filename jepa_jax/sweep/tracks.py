@@ -13,12 +13,13 @@ import jax
 import numpy as np
 
 from jepa_jax import checkpoint
+from jepa_jax.divergence import what_is_bad
 from jepa_jax.metrics import MetricsWriter
 from jepa_jax.plan import Plan, claim_workdir, initial_state
+from jepa_jax.progress import say
 from jepa_jax.sweep.cells import Cell
 from jepa_jax.sweep.lanes import Lanes
-from jepa_jax.train import first_bad
-from jepa_jax.train_step import TrainState
+from jepa_jax.train_step import FAULT, TrainState
 
 
 class Track:
@@ -48,9 +49,9 @@ class Track:
         state = initial_state(self.plan)
         if (self.cell.folder / "checkpoints").is_dir():
             with contextlib.closing(checkpoint.Checkpoints(self.cell.folder)) as checkpoints:
-                step = checkpoints.latest_step()
-                if step is not None and step <= self.stop:
-                    state, progress = checkpoints.restore(step, state)
+                found = self._stored(checkpoints, state)
+                if found is not None and found[0] <= self.stop:
+                    step, state, progress = found
                     self.step, self.seconds = step, progress["seconds"]
                     self.curve = list(progress["curve"])
                     self._sums, self._count = dict(progress["sums"]), progress["count"]
@@ -58,6 +59,14 @@ class Track:
         self.cell.clear()
         claim_workdir(self.plan, False)
         return state
+
+    def _stored(self, checkpoints: checkpoint.Checkpoints, state: TrainState) -> Any:
+        """(step, state, progress) of the last sound stop; None without one: a cell begins anew."""
+        try:
+            return checkpoints.restore_latest(state)
+        except checkpoint.DamagedError as error:
+            say(f"{'warning':<10}{error}")
+            return None
 
     def take_over(self, other: "Track", state: TrainState) -> None:
         """Begins where another one stands, whose steps so far are this one's as well."""
@@ -110,11 +119,12 @@ class Track:
         if self.reason:
             return
         self.seconds += seconds
-        if bad := first_bad(metrics):
-            place, name = bad
-            self.reason = f"{name} became {metrics[name][place]} at step {self.step + place}"
+        if bad := what_is_bad(metrics, self.step, self.plan.fault_places):
+            self.reason = bad
             return
         for name, values in metrics.items():
+            if name == FAULT:
+                continue
             for value in values:
                 self._sums[name] = self._sums.get(name, 0.0) + float(value)
         self.step, self._count = self.step + count, self._count + count
