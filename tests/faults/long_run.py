@@ -1,0 +1,223 @@
+"""A run of thousands of epochs: does anything grow, compile again, or get slower?
+
+    python -m tests.faults.long_run --epochs=2500 --out=samples.jsonl
+
+is one run: 4 steps an epoch, each followed by the online evaluation, the watch, a row of metrics
+and a checkpoint. `rows` starts it as a process of its own and judges what it wrote.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import json
+import os
+import pathlib
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from tests.faults.cases import small_dataset, tiny_config
+from tests.faults.processes import run_command
+from tests.faults.table import Row, row_of
+
+PROMISE = 8
+STEPS_PER_EPOCH = 4
+# Of 10,000 pieces, a step each on a CPU; and of what a suite can wait for.
+LONG, SHORT = 2500, 30
+# A save or a read under way holds files and threads for a while: the fewest of so many epochs.
+_WINDOW = 10
+_SETTLED = 20
+_BLOCKS = 25
+# tensorstore 0.1.71 to 0.1.86 never frees the texts that Spec.to_json() makes, 0.77 KB a call, and
+# orbax 0.12.8 calls it for every array of a checkpoint: 300 saves of 27 arrays alone, without any
+# training, left 35 KiB each.
+_KEPT_BY_A_CHECKPOINT = 40 * 1024
+_EVENTS = {
+    # Also counts programs that the persistent cache had.
+    "/jax/core/compile/backend_compile_duration": "compiled",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration": "lowered",
+    "/jax/compilation_cache/cache_hits": "cache_hits",
+}
+
+Samples = dict[str, np.ndarray]
+
+
+# --- one run ------------------------------------------------------------------------------------
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--epochs", type=int, default=LONG)
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="a line for every epoch")
+    parser.add_argument("--core", type=int, help="the only one that the run may use")
+    arguments = parser.parse_args()
+    if arguments.core is not None:
+        os.sched_setaffinity(0, {arguments.core})
+    with (
+        tempfile.TemporaryDirectory(dir=arguments.out.parent) as folder,
+        arguments.out.open("w", buffering=1) as out,
+    ):
+        _train(arguments.epochs, pathlib.Path(folder), out)
+
+
+def _train(epochs: int, folder: pathlib.Path, out) -> None:
+    """Trains, and writes a line after every epoch: what the process holds, has compiled, took."""
+    import jax
+
+    from jepa_jax import train
+    from jepa_jax.metrics import MetricsWriter
+
+    counts: collections.Counter[str] = collections.Counter()
+
+    def count(event, *args, **kwargs):
+        if event in _EVENTS:
+            counts[_EVENTS[event]] += 1
+
+    jax.monitoring.register_event_listener(count)
+    jax.monitoring.register_event_duration_secs_listener(count)
+    write, seconds = MetricsWriter.write, 0.0
+
+    def write_and_sample(writer, row):
+        nonlocal seconds
+        write(writer, row)
+        taken = {"step_seconds": row["train_seconds"] - seconds, "clock": time.perf_counter()}
+        seen = {name: counts[name] for name in _EVENTS.values()}
+        out.write(json.dumps({**seen, **_held(), **taken}) + "\n")
+        seconds = row["train_seconds"]
+
+    MetricsWriter.write = write_and_sample
+    config = tiny_config(optim__epochs=float(epochs))
+    train.train_and_evaluate(config, folder, dataset=small_dataset())
+
+
+def _held() -> dict[str, int]:
+    """What this process has open and takes (Linux)."""
+    status = pathlib.Path("/proc/self/status").read_text().splitlines()
+    resident = next(line for line in status if line.startswith("VmRSS:"))
+    return {
+        "open_files": len(os.listdir("/proc/self/fd")),
+        "python_threads": threading.active_count(),
+        "threads": len(os.listdir("/proc/self/task")),
+        "rss_bytes": int(resident.split()[1]) * 1024,
+    }
+
+
+# --- the judgement ------------------------------------------------------------------------------
+
+
+def read_samples(path: pathlib.Path) -> Samples:
+    """Name to float64 [epochs]."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {name: np.array([float(line[name]) for line in lines]) for name in lines[0]}
+
+
+def growth(values: np.ndarray) -> str | None:
+    """What has grown since epoch 20 [epochs]: the fewest of ten epochs, then and at the end."""
+    then, now = values[_SETTLED - _WINDOW : _SETTLED].min(), values[-_WINDOW:].min()
+    return f"{then:g} at epoch {_SETTLED}, {now:g} at epoch {len(values)}" if now > then else None
+
+
+def compiled_again(samples: Samples) -> str | None:
+    """What was compiled after the first epoch, or found in the cache of programs."""
+    late = {name: samples[name][-1] - samples[name][0] for name in _EVENTS.values()}
+    return ", ".join(f"{count:g} {name}" for name, count in late.items() if count) or None
+
+
+def drift(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
+    """How far the second halves of two equal runs move, and how far the runs move apart.
+
+    Both are cut into 25 blocks, whose medians leave out single disturbances.
+
+    Returns:
+      (change of a least-squares line from end to end, mean of both runs; half the width of its
+      95 % interval, by a bootstrap over blocks of the residuals; largest distance of the two runs
+      in a block, each about its own mean).
+    """
+    blocks = np.stack([_block_medians(run[len(run) // 2 :]) for run in (first, second)])
+    time = np.linspace(-0.5, 0.5, blocks.shape[1])
+    slopes = (blocks - blocks.mean(axis=1, keepdims=True)) @ time / (time @ time)
+    residuals = blocks - blocks.mean(axis=1, keepdims=True) - slopes[:, None] * time
+    # Neighbouring blocks are alike (memory moves in stairs): three are drawn together.
+    random, length = np.random.default_rng(0), 3
+    starts = random.integers(0, _BLOCKS - length + 1, (2000, 2, -(-_BLOCKS // length)))
+    picked = (starts[..., None] + np.arange(length)).reshape(2000, 2, -1)[..., :_BLOCKS]
+    drawn = np.take_along_axis(np.broadcast_to(residuals, (2000, 2, _BLOCKS)), picked, axis=2)
+    noise = (drawn @ time / (time @ time)).mean(axis=1)
+    apart = np.abs(np.diff(blocks - blocks.mean(axis=1, keepdims=True), axis=0)).max()
+    return float(slopes.mean()), float(1.96 * noise.std()), float(apart)
+
+
+def _block_medians(values: np.ndarray) -> np.ndarray:
+    return np.array([np.median(block) for block in np.array_split(values, _BLOCKS)])
+
+
+def _has_drifted(change: float, interval: float, apart: float) -> bool:
+    # More than chance, and more than the two runs differ from each other.
+    return change > interval and change > apart
+
+
+# --- the rows of the table ----------------------------------------------------------------------
+
+
+def rows(is_long: bool, folder: pathlib.Path) -> Iterator[Row]:
+    """Runs and judges them.
+
+    Args:
+      is_long: 10,000 steps, twice at once on a core each; else one run of 30 epochs, without the
+        slopes of memory and time.
+      folder: for what they write.
+    """
+    epochs, cores = (LONG, [0, 1]) if is_long else (SHORT, [None])
+    with concurrent.futures.ThreadPoolExecutor(len(cores)) as pool:
+        runs = list(pool.map(lambda core: _run(epochs, core, folder), cores))
+    yield from judge(runs)
+
+
+def judge(runs: Sequence[Samples | str]) -> Iterator[Row]:
+    """The rows of one or two equal runs: of each its samples, or how it failed."""
+    failed = [run for run in runs if isinstance(run, str)]
+    runs = [run for run in runs if not isinstance(run, str)]
+    epochs = len(runs[0]["threads"]) if runs else 0
+    what = f"{epochs:,} epochs, {STEPS_PER_EPOCH * epochs:,} chunks, a checkpoint after each"
+    for name, text in {
+        "open_files": "more open files than at epoch 20?",
+        "threads": "more threads than at epoch 20?",
+        "python_threads": "more of Python's threads?",
+    }.items():
+        yield row_of(PROMISE, f"{what}: {text}", [*failed, *(growth(run[name]) for run in runs)])
+    again = [*failed, *map(compiled_again, runs)]
+    yield row_of(PROMISE, f"{what}: anything compiled after the first?", again)
+    if len(runs) < 2:
+        return
+    for name, text, unit, scale, kept in (
+        ("rss_bytes", "host memory", "MiB", 2**20, _KEPT_BY_A_CHECKPOINT),
+        ("step_seconds", "time of an epoch's steps", "ms", 1e-3, 0.0),
+    ):
+        change, interval, apart = (value / scale for value in drift(*(r[name] for r in runs)))
+        allowed = kept * (epochs - epochs // 2) / scale
+        level = np.mean([np.median(run[name][epochs // 2 :]) for run in runs]) / scale
+        told = (
+            f"{text} over the second half {change:+.2f} ± {interval:.2f} {unit} of {level:.1f}, "
+            f"the two runs up to {apart:.2f} apart"
+            + (f", {allowed:.1f} allowed to tensorstore" if allowed else "")
+        )
+        outcome = told if _has_drifted(change - allowed, interval, apart) else None
+        yield row_of(PROMISE, f"{what}: {told}", [outcome])
+
+
+def _run(epochs: int, core: int | None, folder: pathlib.Path) -> Samples | str:
+    out = folder / f"long_run_{'all' if core is None else core}.jsonl"
+    arguments = [f"--epochs={epochs}", f"--out={out}"]
+    if core is not None:
+        arguments.append(f"--core={core}")
+    ended = run_command(arguments, module="tests.faults.long_run", timeout=120 + 2 * epochs)
+    if ended.code:
+        return f"ended with {ended.code}: {ended.err.strip().splitlines()[-1:]}"
+    return read_samples(out)
+
+
+if __name__ == "__main__":
+    _main()
