@@ -19,7 +19,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from jepa_jax import checkpoint
-from jepa_jax.config import SCHEMA_VERSION, create_encoder, feature_dim
+from jepa_jax.config import SCHEMA_VERSION, check_stored, create_encoder, feature_dim
 from jepa_jax.errors import CheckpointError, Interrupted
 from jepa_jax.interop import TorchModel, encoder_tensors, projector_tensors, serialize_encoder
 from jepa_jax.metrics import read_json, write_json
@@ -71,9 +71,7 @@ def read_run(workdir: str | os.PathLike[str]) -> tuple[pathlib.Path, dict[str, A
     if not is_there:
         raise CheckpointError(f"{workdir} holds no run: config.json is missing")
     stored = read_json(workdir / "config.json")
-    sections = ("config", "custom", "dataset")
-    if type(stored) is not dict or not all(type(stored.get(s)) is dict for s in sections):
-        raise CheckpointError(f"{workdir / 'config.json'} is not that of a run")
+    check_stored(workdir / "config.json", stored)
     return workdir, stored
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 import os
+import pathlib
 import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jepa_jax import device
-from jepa_jax.errors import ConfigError
+from jepa_jax.errors import CheckpointError, ConfigError
 from jepa_jax.models import Encoder, ImageJEPA, ModelFns, Projector, ResNet, linen_model
 from jepa_jax.optim import OPTIMIZERS
 from jepa_jax.train_step import HParams
@@ -185,6 +186,15 @@ _FREE_ON_RESUME = (
     "data.num_workers",
     "data.placement",
 )
+
+
+def check_stored(path: pathlib.Path, stored: Any) -> None:
+    """CheckpointError unless `stored`, the content of a run's config.json, has today's form."""
+    sections = ("config", "custom", "dataset")
+    if type(stored) is not dict or not all(type(stored.get(s)) is dict for s in sections):
+        raise CheckpointError(f"{path} is not that of a run")
+    if stored.get("schema_version") != SCHEMA_VERSION:
+        raise CheckpointError(f"{path} was written by another version of jepa_jax")
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -23,6 +23,7 @@ from jepa_jax.augment import pairs_of_views, resize_images
 from jepa_jax.config import (
     SCHEMA_VERSION,
     changed_keys,
+    check_stored,
     create_encoder,
     flatten,
     hparams_from,
@@ -419,8 +420,9 @@ def claim_workdir(plan: Plan, has_checkpoint: bool) -> None:
     }
     if has_checkpoint:
         stored = read_json(path)
+        check_stored(path, stored)
         changed = changed_keys(
-            {**stored["config"], **{k: stored[k] for k in identity if k != "config"}},
+            {**stored["config"], **{k: stored.get(k) for k in identity if k != "config"}},
             {**identity["config"], **{k: identity[k] for k in identity if k != "config"}},
         )
         if changed:

@@ -177,7 +177,8 @@ def test_synthetic_images_are_the_same_every_time():
 
 def test_a_loss_that_is_not_finite_is_an_error_and_no_figure(tiny_config):
     config = tiny_config.copy_and_resolve_references()
-    config.update({"loss": {"std_coeff": 3e38, "cov_coeff": 3e38}})
+    config.update({"loss": {"std_coeff": 1e6, "cov_coeff": 1e6}})
+    config.update({"optim": {"lr": 1e6, "warmup_start_lr": 1e6}})
     plan = step.synthetic_plan(config, num_images=IMAGES, augment="none")
     with pytest.raises(TrainingError, match="the loss became"):
         step.measure_step(plan, repeats=2)

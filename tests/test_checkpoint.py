@@ -264,6 +264,26 @@ def test_any_file_damaged_it_is_what_was_saved_or_the_step_before(
     assert fallen_back > 3
 
 
+def test_a_turned_bit_of_a_large_array_is_noticed_wherever_it_is(tmp_path):
+    """orbax verifies its own notes and small arrays; of large ones it reads whatever is there."""
+    large = {"kernel": np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)}
+    save_tree(tmp_path / "tree", large)
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(3, large, {}, {})
+    for folder in (tmp_path / "tree", tmp_path / "checkpoints" / "3"):
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        largest = max(files, key=lambda path: path.stat().st_size)
+        content = largest.read_bytes()
+        assert len(content) > 32_000
+        for place in range(2000, len(content), 9000):
+            turned = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+            largest.write_bytes(turned)
+            with pytest.raises(DamagedError):
+                load_tree(folder)
+    with opened(tmp_path) as checkpoints, pytest.raises(DamagedError, match="is damaged"):
+        checkpoints.restore(3, large)
+
+
 def test_where_no_checkpoint_is_sound_none_is_touched(three_steps, tmp_path):
     folder = shutil.copytree(three_steps, tmp_path / "run")
     for path in folder.glob("checkpoints/*/progress/metadata"):

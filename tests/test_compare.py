@@ -14,7 +14,7 @@ import pytest
 from scipy import stats
 from tiny import FLAGS
 
-from jepa_jax import device, pace, plan, train
+from jepa_jax import device, loop, pace, plan
 from jepa_jax.compare import SIDES, equal_time, pairs
 from jepa_jax.compare.__main__ import main
 from jepa_jax.compare.equal_time import (
@@ -383,7 +383,7 @@ def test_the_command_from_flags_to_verdict(cifar_arrays, tmp_path, monkeypatch, 
     monkeypatch.setattr(device, "select", lambda name: None)
     monkeypatch.setattr(pace, "_TURN_SECONDS", 0.01)
     # The most expensive part of a run so small, and none of the comparison.
-    monkeypatch.setattr(train, "_watch_collapse", lambda *args: {"watch/collapse": None})
+    monkeypatch.setattr(loop, "_watch_collapse", lambda *args: {"watch/collapse": None})
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setenv("EBJEPA_DSETS", str(tmp_path / "data"))
     monkeypatch.setenv("EBJEPA_CKPTS", str(tmp_path / "runs"))

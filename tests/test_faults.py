@@ -1,4 +1,4 @@
-"""The short form of the attacks of docs/reliability.md; `python -m tests.faults` is the long one."""
+"""The short form of the attacks of docs/reliability.md; `python -m tests.faults` is the long."""
 
 import importlib
 import os

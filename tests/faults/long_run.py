@@ -213,7 +213,7 @@ def _run(epochs: int, core: int | None, folder: pathlib.Path) -> Samples | str:
     arguments = [f"--epochs={epochs}", f"--out={out}"]
     if core is not None:
         arguments.append(f"--core={core}")
-    ended = run_command(arguments, module="tests.faults.long_run", timeout=120 + 2 * epochs)
+    ended = run_command(arguments, module="tests.faults.long_run", timeout=600 + 4 * epochs)
     if ended.code:
         return f"ended with {ended.code}: {ended.err.strip().splitlines()[-1:]}"
     return read_samples(out)
