@@ -391,6 +391,8 @@ def _lost(ended: Ended, newest: int, struck: float) -> tuple[int, float]:
 def _badly_ended(ended: Ended, blow: Blow) -> list[str]:
     """What is wrong with how signals ended a command."""
     expected = [-n if n == signal.SIGKILL else 128 + n for n in sorted({*blow.numbers})]
+    # A second one may come when Python has said its line and is about to end.
+    expected += [-n for n in blow.numbers[1:]]
     if ended.code is None:
         return ["hangs"]
     wrong = [] if ended.code in expected else [f"exit {ended.code}, not {expected[0]}"]
