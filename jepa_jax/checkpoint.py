@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from jepa_jax.errors import CheckpointError
+from jepa_jax.errors import CheckpointError, Interrupted
 from jepa_jax.progress import say
 
 _SELECTED_BY = "val/online_probe_acc"
@@ -280,6 +280,8 @@ class Checkpoints:
         def renewed():
             try:
                 work()
+            except Interrupted:  # a second signal, which does not wait for the save
+                raise
             except Exception:
                 self.close()
                 with contextlib.suppress(CheckpointError):
@@ -327,6 +329,8 @@ def _read_or_one_line(read: Callable[[], Any], kind: type[CheckpointError], mess
     _silence_closed_loops()
     try:
         return read()
+    except Interrupted:
+        raise
     except Exception as error:  # orbax, tensorstore and json each raise their own kinds
         reason = _one_line_of(error)
     asyncio_log = logging.getLogger("asyncio")

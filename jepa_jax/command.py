@@ -7,6 +7,7 @@ import pathlib
 import platform
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -55,13 +56,34 @@ def with_huge_pages() -> None:
         os.execv(sys.executable, sys.orig_argv)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which then ends what Ctrl-C ends: no `except Exception` takes it for an error."""
+
+
+def _terminate(number: int, frame: Any) -> NoReturn:
+    del number, frame
+    raise _Terminated
+
+
 @contextlib.contextmanager
 def errors_as_lines(interrupted: str) -> Iterator[None]:
     """Turns the block's errors into a line and an exit code.
 
     Args:
-      interrupted: what to say on Ctrl-C.
+      interrupted: what to say on Ctrl-C and on SIGTERM.
     """
+    is_main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, _terminate) if is_main else None
+    try:
+        with _as_lines(interrupted):
+            yield
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def _as_lines(interrupted: str) -> Iterator[None]:
     # orbax warns of what is as it should be, and what went wrong is said in a line of our own.
     logging.set_verbosity(logging.FATAL)
     # A name that the terminal cannot show must not end what has been done.
@@ -76,5 +98,7 @@ def errors_as_lines(interrupted: str) -> Iterator[None]:
         fail(f"{where}{error.strerror or error}")
     except MemoryError:
         fail("this machine has not enough memory for that")
+    except _Terminated:
+        fail(interrupted, 128 + signal.SIGTERM)
     except KeyboardInterrupt:
         fail(interrupted, 128 + signal.SIGINT)

@@ -350,6 +350,8 @@ def train(
             if stop.signal_number or collapsed:
                 _stop_early(loop, int(state.step), collapsed)
         _wait_for_save(loop)
+        if stop.signal_number:  # during that save
+            _stop_early(loop, int(state.step), None)
     return state, progress
 
 

@@ -741,6 +741,7 @@ def test_a_page_is_written_whole_or_not_at_all(workdir, tmp_path, monkeypatch):
         write_report([workdir, workdir], out=tmp_path)
     assert path.read_bytes() == before
     monkeypatch.undo()
+    (tmp_path / ".report.html.0123abcd.partial").touch()  # of a process that was killed
     write_report([workdir, workdir], out=tmp_path)
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["compared.png", "report", "report.html"]
     assert path.read_bytes() == before  # the same runs, the same bytes

@@ -179,6 +179,20 @@ def test_a_second_signal_does_not_wait(run, monkeypatch, tmp_path):
         run()
 
 
+def test_a_signal_during_the_last_save_is_not_lost(run, whole_runs, monkeypatch):
+    original = checkpoint.Checkpoints.wait
+
+    def wait(self):
+        signal.raise_signal(signal.SIGTERM)
+        monkeypatch.setattr(checkpoint.Checkpoints, "wait", original)
+        original(self)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "wait", wait)
+    with pytest.raises(Interrupted, match="stopped at step 12 of 12 and saved it"):
+        run()
+    assert_same_state(run()[0], whole_runs[1][0])
+
+
 def test_scanned_equals_looped(whole_runs):
     """The path that accelerators use, forced, follows the loop to rounding."""
     (_, looped), (_, scanned) = whole_runs[1], whole_runs[3]

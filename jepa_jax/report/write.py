@@ -66,6 +66,8 @@ def _replace(folder: pathlib.Path, page: bytes, pngs: dict[str, bytes]) -> None:
     figures = folder / _FIGURES
     figures.mkdir(parents=True, exist_ok=True)
     files = {**{figures / name: content for name, content in pngs.items()}, folder / _PAGE: page}
+    for leftover in folder.glob(f".{_PAGE}.*.partial"):  # of a process that was killed
+        leftover.unlink(missing_ok=True)
     partial = folder / f".{_PAGE}.{uuid.uuid4().hex[:8]}.partial"
     try:
         for path, content in files.items():

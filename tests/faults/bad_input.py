@@ -1,5 +1,6 @@
 """Bad input: what a person or a stranger may give to the commands, and one line for each."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -12,6 +13,7 @@ import random
 import resource
 import shutil
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -34,6 +36,10 @@ LONG_NAME = "n" * 5000
 OWN = ("work", "data", "home")
 
 MAIN, CONVERT, EVALUATE = "jepa_jax.main", "jepa_jax.convert", "jepa_jax.evaluate"
+
+
+# What cases share is made once, and some are made with a changed writer.
+_PREPARING = threading.Lock()
 
 
 def _nothing(folder: pathlib.Path) -> None:
@@ -438,12 +444,11 @@ def archive_cases() -> Iterator[Case]:
 
 def dataset_cases() -> Iterator[Case]:
     """Prepared datasets whose files were changed, or that were never genuine."""
-    (version,) = ("3.0.2",)
     for name, file, content in bad_files.damaged_datasets():
 
         def damage(folder: pathlib.Path, file=file, content=content) -> None:
             with_data(folder)
-            path = folder / "data" / "cifar10" / version / file
+            path = folder / "data" / "cifar10" / "3.0.2" / file
             content = path.read_bytes()[: path.stat().st_size // 2] if content is None else content
             path.write_bytes(content)
 
@@ -490,8 +495,11 @@ def weights_cases() -> Iterator[Case]:
             bad_files.write_weights(folder / "x", program)
 
         yield Case("weights", f"pickle: {name}", CONVERT, arguments, write)
-    made = lambda folder: bad_files.write_zip_bomb(folder / "x")  # noqa: E731
-    yield Case("weights", "a zip bomb", CONVERT, arguments, made)
+
+    def bomb(folder: pathlib.Path) -> None:
+        bad_files.write_zip_bomb(folder / "x")
+
+    yield Case("weights", "a zip bomb", CONVERT, arguments, bomb)
 
     def sparse(folder: pathlib.Path, start: bytes = b"") -> None:
         with (folder / "x").open("wb") as file:
@@ -588,7 +596,7 @@ def _listing(folder: pathlib.Path) -> set[str]:
 
 def _as_process(case: Case, folder: pathlib.Path) -> str | None:
     ended = run_command(
-        arguments_of(case), module=case.module, cwd=folder, timeout=120, **surroundings(folder)
+        arguments_of(case), module=case.module, cwd=folder, timeout=300, **surroundings(folder)
     )
     if not ended.is_one_line():
         return f"exit {ended.code}, {ended.err[-600:]!r}"
@@ -637,7 +645,8 @@ def tried(case: Case, folder: pathlib.Path, as_process: bool) -> str | None:
     """None if the case ended as it should, else what happened; `folder` is made and removed."""
     for name in ("", "home", "data"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    case.prepare(folder)
+    with _PREPARING:
+        case.prepare(folder)
     before, began = _listing(folder), time.process_time()
     outcome = (_as_process if as_process else _in_this_process)(case, folder)
     seconds = time.process_time() - began
@@ -686,7 +695,13 @@ def rows(is_long: bool, folder: pathlib.Path) -> Iterator[Row]:
     )
     groups = all_cases()
     chosen = sample(groups, NUM_PROCESSES if is_long else 6)
-    processes = [tried(case, folder / f"process{n}", True) for n, case in enumerate(chosen)]
+
+    def start(numbered: tuple[int, Case]) -> str | None:
+        number, case = numbered
+        return tried(case, folder / f"process{number}", True)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # one a core
+        processes = list(pool.map(start, enumerate(chosen)))
     yield row_of(PROMISE, "bad input to a command, as a process", processes)
     for group, cases in groups.items():
         if group == "config key":

@@ -1,0 +1,56 @@
+"""What every command does with errors and signals, as processes."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+WAITS = """
+import sys, time
+from jepa_jax.command import errors_as_lines
+with errors_as_lines("stopped before the end"):
+    try:
+        print("ready", flush=True)
+        time.sleep(600)
+    except Exception:
+        print("taken for an error")
+    finally:
+        print("cleaned up", flush=True)
+"""
+RAISES = """
+import sys
+from jepa_jax.command import errors_as_lines
+with errors_as_lines(""):
+    {}
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_outside_the_training_cleans_up_and_is_one_line(number):
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert (out, err) == ("cleaned up\n", "error: stopped before the end\n")
+
+
+@pytest.mark.parametrize(
+    ("what", "line"),
+    [
+        ("open('/nowhere/at/all')", "error: /nowhere/at/all: No such file or directory"),
+        ("raise OSError(28, 'No space left on device')", "error: No space left on device"),
+        ("bytearray(2**62)", "error: this machine has not enough memory for that"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(what, line):
+    code = RAISES.format(what)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (2, f"{line}\n")
