@@ -110,12 +110,9 @@ def _default_workdir(given: GivenConfig, axes: Axes) -> pathlib.Path:
 
 def _command(argv: Sequence[str] | None) -> str:
     """The command, without the folders of this machine."""
-    shown = []
-    for argument in sys.argv[1:] if argv is None else argv:
-        flag, separator, value = argument.rpartition("=")
-        if pathlib.PurePath(value).is_absolute():
-            value = pathlib.PurePath(value).name
-        shown.append(f"{flag}{separator}{value}")
+    from jepa_jax.environment import without_folders
+
+    shown = without_folders(sys.argv[1:] if argv is None else argv)
     return " ".join(["python -m jepa_jax.sweep", *shown])
 
 
