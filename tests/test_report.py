@@ -564,6 +564,7 @@ def test_imported_weights_and_a_checkout_without_configs(changed, monkeypatch, q
         config["data"] = {"mean": config["data"]["mean"], "std": config["data"]["std"]}
         content = {"config": config, "dataset": {"image_shape": [32, 32, 3]}, "custom": {}}
         content["imported"] = {"source": "torchvision", "file": "resnet.pth", "ignored": []}
+        content["schema_version"] = 1
         (folder / "config.json").write_text(json.dumps(content))
 
     page = changed(change)

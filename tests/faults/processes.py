@@ -3,10 +3,11 @@
 import dataclasses
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
-import threading
+import time
 from collections.abc import Mapping, Sequence
 
 from tests.tiny import FLAGS
@@ -59,17 +60,31 @@ def run_command(
             stdout=out,
             stderr=err,
         )
-        timer = threading.Timer(timeout, process.kill)
-        timer.start()
-        # wait4 gives the memory of this child alone.
-        _, status, usage = os.wait4(process.pid, 0)
-        timer.cancel()
-        process.returncode = code = os.waitstatus_to_exitcode(status)
+        peak_bytes, deadline = 0, time.monotonic() + timeout
+        while process.poll() is None:
+            peak_bytes = max(peak_bytes, _most_memory(process.pid))
+            if time.monotonic() > deadline:
+                process.kill()
+            time.sleep(0.02)
+        code = process.returncode
         texts = []
         for file in (out, err):
             file.seek(0)
             texts.append(file.read())
-    return Ended(code, *texts, peak_bytes=usage.ru_maxrss * 1024)
+    return Ended(code, *texts, peak_bytes=peak_bytes)
+
+
+def _most_memory(pid: int) -> int:
+    """What a process has held at most, in bytes; 0 for one that has ended.
+
+    The system's own account of an ended child (ru_maxrss) begins with what its parent held.
+    """
+    try:
+        status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(found[1]) * 1024 if found else 0
 
 
 def with_small_cifar(arrays: Mapping, root: pathlib.Path) -> pathlib.Path:
