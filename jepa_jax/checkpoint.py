@@ -413,18 +413,20 @@ def load_tree(folder: pathlib.Path) -> Any:
     """
 
     def read():
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            digests = _sound(checkpointer.restore(folder.absolute() / _DIGESTS[0]))
-        with ocp.StandardCheckpointer() as checkpointer:
+        # Handlers, not Checkpointers, which warn of each part that it is no whole.
+        with contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
+            args = ocp.args.JsonRestore()
+            digests = _sound(handler.restore(folder.absolute() / _DIGESTS[0], args=args))
+        with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
             where = folder.absolute() / "state"
-            metadata = checkpointer.metadata(where).item_metadata.tree
+            metadata = handler.metadata(where).tree
             sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             template = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
                 metadata,
             )
             check_shapes(digests["shapes"], template)
-            tree = checkpointer.restore(where, template)
+            tree = handler.restore(where, args=ocp.args.StandardRestore(template))
         _check_arrays(tree, digests)
         return tree
 

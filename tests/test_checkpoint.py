@@ -191,6 +191,13 @@ def test_a_tree_comes_back_bit_for_bit_in_place_of_what_was_there(tmp_path):
         assert_same(load_tree(tmp_path / "encoder"), tree)
 
 
+def test_reading_a_tree_or_another_run_warns_of_nothing(workdir, tmp_path, caplog):
+    save_tree(tmp_path / "encoder", SINGLE)
+    load_tree(tmp_path / "encoder")
+    load_latest(workdir)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
 def fails_with_a_read_pending(*_args, **_options):
     """What orbax does when one of several reads fails: the loop is closed over the others."""
 
