@@ -7,8 +7,9 @@ import sys
 import pytest
 
 WAITS = """
-import sys, time
+import signal, sys, time
 from jepa_jax.command import errors_as_lines
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background has none
 with errors_as_lines("stopped before the end"):
     try:
         print("ready", flush=True)
@@ -33,7 +34,6 @@ def test_a_signal_outside_the_training_cleans_up_and_is_one_line(number):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
