@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 
@@ -14,8 +13,6 @@ import pytest
 import jepa_jax
 from jepa_jax import environment
 from jepa_jax.environment import describe_environment, git_revision, without_folders
-
-needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 
 
 def git(folder, *arguments):
@@ -90,7 +87,6 @@ def test_folders_are_not_shown(argument, shown):
     assert without_folders([argument]) == [shown]
 
 
-@needs_git
 def test_the_revision_says_whether_python_files_differ_from_it(checkout):
     commit = git(checkout, "rev-parse", "HEAD")
     assert git_revision(checkout) == commit and len(commit) == 40
@@ -107,7 +103,6 @@ def test_the_revision_says_whether_python_files_differ_from_it(checkout):
     assert git_revision(checkout) == f"{commit}+changes"
 
 
-@needs_git
 def test_another_projects_checkout_is_not_ours(checkout, monkeypatch, tmp_path):
     assert git_revision(checkout / "package") is None
     other = tmp_path / "other"
@@ -119,7 +114,6 @@ def test_another_projects_checkout_is_not_ours(checkout, monkeypatch, tmp_path):
     assert len(git_revision(checkout)) == 40
 
 
-@needs_git
 def test_a_git_that_refuses_or_fails_is_none(checkout, monkeypatch):
     with monkeypatch.context() as patch:
         # git's own tests make it see another owner so; a machine's settings may trust everyone.
@@ -132,13 +126,11 @@ def test_a_git_that_refuses_or_fails_is_none(checkout, monkeypatch):
     assert git_revision(checkout) is None
 
 
-@needs_git
 def test_without_git_there_is_no_revision(checkout, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_revision(checkout) is None
 
 
-@needs_git
 def test_a_git_that_does_not_answer_is_not_waited_for(checkout, monkeypatch, tmp_path):
     slow = tmp_path / "git"
     slow.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(60)\n")
