@@ -177,7 +177,7 @@ def export_encoder(workdir: str | os.PathLike[str], folder: str | os.PathLike[st
     model = {**stored["config"]["model"], "use_projector": False}
     alone = {**stored, "config": {**stored["config"], "model": model}}
     encoder = described_encoder(workdir, alone)
-    image_shape = stored["dataset"]["image_shape"]
+    image_shape = stored["dataset"].get("image_shape")
     with _new_folder(folder) as partial:
         _save_tensors(partial / "encoder.safetensors", encoder_tensors(variables))
         if tensors := projector_tensors(variables):

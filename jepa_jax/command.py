@@ -17,8 +17,9 @@ from jepa_jax.errors import JepaError
 
 
 def fail(message: str, exit_code: int = 2) -> NoReturn:
-    """Ends the command with one line on stderr."""
-    print(f"error: {message}", file=sys.stderr)
+    """Ends the command with one line on stderr, also where a name in it has breaks or codes."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
+    print(f"error: {line}", file=sys.stderr)
     sys.exit(exit_code)
 
 

@@ -60,12 +60,13 @@ def _main(argv: Sequence[str]) -> None:
     with errors_as_lines("interrupted; the same command goes on from the last checkpoint"):
         from jepa_jax import device
         from jepa_jax.config import validate
+        from jepa_jax.paths import home_expanded
         from jepa_jax.train import train_and_evaluate
 
         validate(config)
         device.select(config.meta.device)
         config_flags.fit_to_device(given)
-        workdir = pathlib.Path(_WORKDIR.value or _default_workdir(given)).expanduser()
+        workdir = home_expanded(_WORKDIR.value or _default_workdir(given))
         dataset = None
         if _BUDGET.value:
             config, dataset = _fitted(given, workdir, began)

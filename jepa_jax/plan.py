@@ -35,6 +35,7 @@ from jepa_jax.errors import CheckpointError, ConfigError
 from jepa_jax.evaluation import has_labels
 from jepa_jax.metrics import read_json, write_json
 from jepa_jax.models import Encoder, patch_whitening_kernel
+from jepa_jax.paths import home_expanded
 from jepa_jax.progress import say
 from jepa_jax.representation import split_validation
 from jepa_jax.train_step import (
@@ -454,7 +455,7 @@ def _with_parameters_of(plan: Plan, state: TrainState) -> TrainState:
 
     An encoder that was imported without a projector is trained under the fresh one.
     """
-    workdir = pathlib.Path(plan.init_from).expanduser()
+    workdir = home_expanded(plan.init_from)
     stored = checkpoint.load_latest(workdir)
     given = {"params": stored["params"], "batch_stats": stored["batch_stats"] or {}}
     wanted = {"params": state.params, "batch_stats": state.batch_stats}
@@ -477,7 +478,9 @@ def _check_same_network(plan: Plan, workdir: pathlib.Path) -> None:
     path = workdir / "config.json"
     if "encoder" in plan.custom or not path.exists():
         return
-    stored = flatten(read_json(path).get("config", {}))
+    stored = read_json(path)
+    check_stored(path, stored)
+    stored = flatten(stored["config"])
     own = flatten(json.loads(plan.config.to_json()))
     differing = {
         name: f"{name} was {stored[name]} there and is {own[name]} here"

@@ -25,6 +25,7 @@ from jepa_jax.lock import only_process_in
 from jepa_jax.loop import collapsed_text, is_over, online_probe, variables_of
 from jepa_jax.metrics import read_json, write_json
 from jepa_jax.models import ModelFns
+from jepa_jax.paths import home_expanded
 from jepa_jax.plan import (
     Plan,
     claim_workdir,
@@ -166,7 +167,7 @@ def _print_header(plan: Plan, state: TrainState, progress: dict[str, Any]) -> No
 
 
 def _prepare_workdir(workdir: str | pathlib.Path) -> pathlib.Path:
-    workdir = pathlib.Path(workdir).expanduser().absolute()
+    workdir = home_expanded(workdir).absolute()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / ".writable"

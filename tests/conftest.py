@@ -20,9 +20,8 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from tiny import TINY
+from tiny import tiny_config
 
-from configs import cpu
 from jepa_jax.data import Dataset, from_arrays
 from jepa_jax.data.cifar10 import LABEL_NAMES
 
@@ -51,17 +50,7 @@ def small_cifar(cifar_arrays) -> Dataset:
     )
 
 
-@pytest.fixture(scope="session")
-def tiny_config() -> ConfigDict:
-    """`TINY` for 3 epochs. Shared: a test that changes it works on a copy."""
-    config = cpu.get_config()
-    config.update_from_flattened_dict(
-        {
-            **TINY,
-            "optim.lr": 0.3,
-            "optim.epochs": 3.0,
-            "optim.warmup_epochs": 1.0,
-            "logging.tqdm_silent": True,
-        }
-    )
-    return config
+@pytest.fixture(scope="session", name="tiny_config")
+def make_tiny_config() -> ConfigDict:
+    """`tiny_config()`. Shared: a test that changes it works on a copy."""
+    return tiny_config()

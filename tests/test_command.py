@@ -48,6 +48,10 @@ def test_a_signal_outside_the_training_cleans_up_and_is_one_line(number):
         ("open('/nowhere/at/all')", "error: /nowhere/at/all: No such file or directory"),
         ("raise OSError(28, 'No space left on device')", "error: No space left on device"),
         ("bytearray(2**62)", "error: this machine has not enough memory for that"),
+        (
+            "from jepa_jax.errors import DataError; raise DataError('a\\nb\\x1b[31m \\udcff')",
+            "error: a b?[31m ?",
+        ),
     ],
 )
 def test_what_the_system_refuses_is_one_line(what, line):

@@ -23,6 +23,7 @@ from jepa_jax.data import Dataset
 from jepa_jax.errors import CheckpointError, ConfigError, JepaError, TrainingError
 from jepa_jax.metrics import read_json, write_json
 from jepa_jax.pace import with_epochs
+from jepa_jax.paths import home_expanded
 from jepa_jax.plan import Plan, make_plan
 from jepa_jax.progress import say
 from jepa_jax.train import train_and_evaluate
@@ -240,7 +241,7 @@ def compare_configs(
     check(a, b)
     if num_seeds < 2:
         raise ConfigError(f"a comparison needs at least 2 seeds, got {num_seeds}")
-    workdir = pathlib.Path(workdir).expanduser().absolute()
+    workdir = home_expanded(workdir).absolute()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "compare.md").touch()

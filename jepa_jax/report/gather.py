@@ -13,6 +13,7 @@ import jepa_jax
 from jepa_jax.config import flatten
 from jepa_jax.errors import CheckpointError
 from jepa_jax.metrics import Row, read_json, read_metrics
+from jepa_jax.paths import home_expanded
 from jepa_jax.train_step import RESERVED_METRICS
 
 KNOWN_TERMS = ("invariance_loss", "var_loss", "cov_loss")
@@ -147,7 +148,7 @@ def read_run(workdir: str | os.PathLike[str]) -> Run:
     Raises:
       CheckpointError: if it is no folder, holds no run, or a file in it is damaged.
     """
-    workdir = pathlib.Path(workdir).expanduser().absolute()
+    workdir = home_expanded(workdir).absolute()
     if not workdir.is_dir():
         raise CheckpointError(f"{workdir} is not a folder")
     stored = _read(workdir / "config.json")

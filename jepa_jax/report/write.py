@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import jepa_jax
 from jepa_jax.data import Dataset
 from jepa_jax.errors import CheckpointError, ConfigError
+from jepa_jax.paths import home_expanded
 from jepa_jax.report.gather import read_runs
 from jepa_jax.report.page import html_of
 from jepa_jax.report.pictures import take_pictures
@@ -28,7 +29,7 @@ def write(
     """See `jepa_jax.report.write_report`."""
     if not workdirs:
         raise ConfigError("give the folder of at least one run")
-    first = pathlib.Path(workdirs[0]).expanduser().absolute()
+    first = home_expanded(workdirs[0]).absolute()
     if len(workdirs) == 1 and holds_sweep(first):
         folder, report = first, sweep_report(read_sweep(first))
     elif len(runs := read_runs(workdirs)) == 1:
@@ -37,7 +38,7 @@ def write(
     else:
         folder = pathlib.Path(os.environ.get("EBJEPA_CKPTS", "runs")) / "comparison"
         report = comparison_of(runs)
-    folder = (folder if out is None else pathlib.Path(out)).expanduser().absolute()
+    folder = home_expanded(folder if out is None else out).absolute()
     charts = list(_charts(report))
     drawn = {c.name: (render(c.draw, LIGHT), render(c.draw, DARK)) for c in charts}
     pngs = {f"{c.name}.png": render(c.draw, LIGHT, "png") for c in charts}

@@ -17,6 +17,7 @@ import numpy as np
 
 from jepa_jax.config import known_keys, nearest
 from jepa_jax.errors import ConfigError
+from jepa_jax.paths import home_expanded
 
 Point = dict[str, Any]
 # The text of a value, as after --config.KEY=, to the value that the config's key takes.
@@ -205,7 +206,7 @@ def axes_of_file(path: str | pathlib.Path, parse: Parse) -> Axes:
     Raises:
       ConfigError: for a file that cannot be run, or that says something else.
     """
-    path = pathlib.Path(path).expanduser()
+    path = home_expanded(path)
     if not path.is_file():
         near = ""
         if path.parent.is_dir():

@@ -25,6 +25,7 @@ from jepa_jax.errors import CheckpointError, ConfigError, JepaError
 from jepa_jax.lock import only_process_in
 from jepa_jax.metrics import read_json, write_json
 from jepa_jax.pace import Cost, chosen_epochs, with_epochs
+from jepa_jax.paths import home_expanded
 from jepa_jax.plan import Plan, initial_state, make_plan
 from jepa_jax.progress import Phases, say
 from jepa_jax.report.sweep_table import DIVERGED, FINISHED, as_markdown, scale_of
@@ -113,7 +114,7 @@ class Sweep:
             raise ConfigError(f"a sweep needs at least 1 seed, got {num_seeds}")
         if factor == 1 or factor < 0:
             raise ConfigError(f"halving keeps one of 2 or more, got {factor}")
-        self.workdir = pathlib.Path(workdir).expanduser().absolute()
+        self.workdir = home_expanded(workdir).absolute()
         self._config, self._points = config, list(points)
         self._seeds = range(config.meta.seed, config.meta.seed + num_seeds)
         self._stack, self._factor = stack, factor

@@ -620,8 +620,7 @@ def _main(arguments: list[str]) -> None:
     given = given_config(rest)
     with errors_as_lines("interrupted"):
         validate(given.config)
-        workdir = pathlib.Path(own["workdir"]).expanduser()
-        train_and_evaluate(given.config, workdir, init_from=own["init_from"])
+        train_and_evaluate(given.config, **own)
 
 
 def _in_this_process(case: Case, folder: pathlib.Path) -> str | None:

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from tests.faults.cases import small_dataset, tiny_config
+from tests.faults.cases import small_dataset
 from tests.faults.table import Row, as_markdown, row_of
+from tests.tiny import tiny_config
 
 SEED = 11
 _HARMS = ("emptied", "cut", "turned", "deleted")

@@ -19,9 +19,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tests.faults.cases import small_dataset, tiny_config
+from tests.faults.cases import small_dataset
 from tests.faults.processes import run_command
 from tests.faults.table import Row, row_of
+from tests.tiny import tiny_config
 
 PROMISE = 8
 STEPS_PER_EPOCH = 4

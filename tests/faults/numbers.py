@@ -11,8 +11,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
-from tests.faults.cases import small_dataset, tiny_config
+from tests.faults.cases import small_dataset
 from tests.faults.table import Row, as_markdown, row_of
+from tests.tiny import tiny_config
 
 _RATES = (0.1, 1.5, 10.0, 1e3, 1e6)
 _WEIGHTS = {"rapid's weights": (25.0, 1.0), "balanced weights": (1.0, 0.28)}
