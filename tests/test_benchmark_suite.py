@@ -15,6 +15,7 @@ from configs import speedrun
 from jepa_jax.benchmark import processes, suite, whole_run
 from jepa_jax.config_flags import given_config
 from jepa_jax.data.cifar10 import write_cifar10
+from jepa_jax.errors import ConfigError
 from jepa_jax.metrics import write_json
 
 # Of ml_collections, when it reads a config file.
@@ -182,6 +183,14 @@ def test_a_run_that_was_stopped_in_time_goes_on_until_time_is_up(quiet, monkeypa
     assert make()._run_folder("rapid") == stretches[0]
     assert make(device="another")._run_folder("rapid") != stretches[0]
     assert make("--config.optim.momentum=0.5")._run_folder("rapid") != stretches[0]
+
+
+def test_only_the_pieces_that_are_wanted_are_measured(quiet):
+    make, calls = quiet
+    assert make().measure(only=["epoch", "rates"])
+    assert [command[2] for command, _ in calls] == ["--measure-rates", "--measure-epoch"]
+    with pytest.raises(ConfigError, match="rate is no piece of the suite: rates, step"):
+        make().measure(only=["rate"])
 
 
 def test_nothing_begins_that_may_not_end_in_time(quiet):

@@ -39,6 +39,7 @@ _DEFAULTS = {
     "miniature": False,
     "peer_python": sys.executable,
     "minutes": None,
+    "only": "",
     "seeds": 3,
     "targets": "50,55,60,65,70",
 }
@@ -47,7 +48,7 @@ _OPTIONS = {
     "": {"out", "images", "no_startup", "miniature"},
     "sweep": {"out", "images", "repeats"},
     "peer": {"out", "images", "peer_python"},
-    "suite": {"out", "minutes", "miniature", "peer_python"},
+    "suite": {"out", "minutes", "only", "miniature", "peer_python"},
     "time-to-accuracy": {"out", "seeds", "targets"},
     "measure-step": {"images", "repeats", "augment"},
     "measure-shares": {"images"},
@@ -83,6 +84,7 @@ def _parser() -> Parser:
     parser.add_argument("--no-startup", action="store_true", help="start no processes of main")
     parser.add_argument("--peer-python", help="one that has PyTorch, by default this one")
     parser.add_argument("--minutes", type=float, help="--suite begins nothing that may take longer")
+    parser.add_argument("--only", help="pieces of --suite, as rates,step; by default all")
     parser.add_argument("--miniature", action="store_true", help="sizes that only test the code")
     parser.add_argument("--images", type=int, help="synthetic ones to train on, by default 50,000")
     parser.add_argument("--repeats", type=int, help="values of a step, by default 5")
@@ -219,6 +221,7 @@ def _suite(arguments: argparse.Namespace, given: GivenConfig) -> None:
         given,
         arguments.out,
         minutes=arguments.minutes,
+        only=[name for name in arguments.only.split(",") if name],
         is_miniature=arguments.miniature,
         peer_python=arguments.peer_python,
     )

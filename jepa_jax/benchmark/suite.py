@@ -13,7 +13,7 @@ import os
 import pathlib
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from jepa_jax.benchmark import measure, peer, shares, startup, sweep, whole_run
@@ -22,7 +22,7 @@ from jepa_jax.benchmark.step import NUM_IMAGES
 from jepa_jax.benchmark.table import NOT_MEASURED, Table, as_markdown, number, percent
 from jepa_jax.config import flatten
 from jepa_jax.config_flags import GivenConfig, given_config
-from jepa_jax.errors import JepaError
+from jepa_jax.errors import ConfigError, JepaError
 from jepa_jax.metrics import read_json, write_json
 from jepa_jax.progress import duration, say
 
@@ -296,15 +296,25 @@ class Suite:
         figures = self.figures(piece.name)
         return figures if figures is not None and piece.is_current(figures) else None
 
-    def measure(self, minutes: float | None = None) -> bool:
+    def measure(self, minutes: float | None = None, only: Collection[str] = ()) -> bool:
         """Measures what is missing; whether everything is there or was tried.
 
         Args:
           minutes: no piece is begun that may not end in so many.
+          only: the names of the pieces that are wanted; empty for all.
+
+        Raises:
+          ConfigError: if there is no piece of such a name.
         """
+        pieces = self.pieces()
+        if unknown := sorted(set(only) - {piece.name for piece in pieces}):
+            names = ", ".join(piece.name for piece in pieces)
+            raise ConfigError(f"--only={unknown[0]} is no piece of the suite: {names}")
         if minutes:
             self._deadline = time.perf_counter() + 60 * minutes
-        for piece in self.pieces():
+        for piece in pieces:
+            if only and piece.name not in only:
+                continue
             while not piece.absent and self._current(piece) is None:
                 if time.perf_counter() + piece.seconds > self._deadline:
                     return False
@@ -498,14 +508,15 @@ def run_suite(
     folder: pathlib.Path,
     *,
     minutes: float | None,
+    only: Collection[str] = (),
     is_miniature: bool,
     peer_python: str,
 ) -> int:
-    """Measures what is missing and writes the tables; the command's exit code."""
+    """Measures what is missing, and wanted, and writes the tables; the command's exit code."""
     suite = Suite(given, folder, is_miniature=is_miniature, peer_python=peer_python)
     began = time.perf_counter()
     try:
-        is_over = suite.measure(minutes)
+        is_over = suite.measure(minutes, only)
     finally:
         paths = suite.write()
     for path in paths:
