@@ -52,9 +52,11 @@ class Profile:
         folder = self._folder
         if self._pieces >= _FIRST_PIECE:
             jax.profiler.stop_trace()
+        if self._steps:
             shutil.rmtree(folder, ignore_errors=True)
             self._partial.rename(folder)
             say(f"{'profile':<10}{folder}: {self._steps} steps")
         else:
+            shutil.rmtree(self._partial, ignore_errors=True)
             say(f"{'note':<10}the run was too short for a profile")
         self._folder = None
