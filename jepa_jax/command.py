@@ -57,6 +57,22 @@ def with_huge_pages() -> None:
         os.execv(sys.executable, sys.orig_argv)
 
 
+@contextlib.contextmanager
+def ends_at_once() -> Iterator[None]:
+    """Around all that a process does: after the block a signal ends it at once, without a word.
+
+    Everything is written by then. What Python, JAX and others still tidy up takes a signal badly:
+    with a traceback, or a segmentation fault.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+
+
 class _Terminated(KeyboardInterrupt):
     """SIGTERM, which then ends what Ctrl-C ends: no `except Exception` takes it for an error."""
 

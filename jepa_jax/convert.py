@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jepa_jax.command import Parser, errors_as_lines, fail
+from jepa_jax.command import Parser, ends_at_once, errors_as_lines, fail
 from jepa_jax.errors import ConfigError
 
 _DESCRIPTION = """\
@@ -169,4 +169,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_at_once():
+        main()

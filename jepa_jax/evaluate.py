@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from jepa_jax import device
 from jepa_jax.api import described_encoder, read_run
 from jepa_jax.checkpoint import Checkpoints, check_shapes, load_tree, shapes_of
-from jepa_jax.command import Parser, errors_as_lines, with_huge_pages
+from jepa_jax.command import Parser, ends_at_once, errors_as_lines, with_huge_pages
 from jepa_jax.data import Dataset
 from jepa_jax.errors import CheckpointError, ConfigError, DataError
 from jepa_jax.evaluation import (
@@ -355,4 +355,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     with_huge_pages()
     device.select("auto")
-    main()
+    with ends_at_once():
+        main()

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from jepa_jax import config_flags
-from jepa_jax.command import errors_as_lines, with_huge_pages
+from jepa_jax.command import ends_at_once, errors_as_lines, with_huge_pages
 from jepa_jax.errors import ConfigError
 
 _WORKDIR = flags.DEFINE_string(
@@ -110,4 +110,5 @@ def _write_report(workdir: pathlib.Path) -> None:
 
 if __name__ == "__main__":
     with_huge_pages()
-    app.run(_main, flags_parser=_parse)
+    with ends_at_once():
+        app.run(_main, flags_parser=_parse)

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -40,6 +41,28 @@ def test_a_signal_outside_the_training_cleans_up_and_is_one_line(number):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert (out, err) == ("cleaned up\n", "error: stopped before the end\n")
+
+
+TIDIES_UP = """
+import atexit, signal, sys, time
+from jepa_jax.command import ends_at_once, errors_as_lines, fail
+signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(time.sleep, 600)
+with ends_at_once(), errors_as_lines(""):
+    print("ready", flush=True)
+    fail("some error", 3)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_python_tidies_up_ends_it_without_a_word(number):
+    process = subprocess.Popen(
+        [sys.executable, "-c", TIDIES_UP], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr.readline() == "error: some error\n"
+    time.sleep(0.5)  # Python ends its main thread meanwhile
+    process.send_signal(number)
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == -number
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from jepa_jax.command import Parser, errors_as_lines, with_huge_pages
+from jepa_jax.command import Parser, ends_at_once, errors_as_lines, with_huge_pages
 from jepa_jax.config_flags import GivenConfig, fit_to_device, given_config
 from jepa_jax.errors import ConfigError
 from jepa_jax.metrics import write_json
@@ -277,4 +277,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     with_huge_pages()
-    main()
+    with ends_at_once():
+        main()

@@ -11,7 +11,7 @@ import sys
 import zlib
 from collections.abc import Mapping, Sequence
 
-from jepa_jax.command import Parser, errors_as_lines, with_huge_pages
+from jepa_jax.command import Parser, ends_at_once, errors_as_lines, with_huge_pages
 from jepa_jax.compare import PLACES
 from jepa_jax.config_flags import GivenConfig, fit_to_device, given_config
 from jepa_jax.errors import TrainingError
@@ -123,4 +123,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     with_huge_pages()
-    main()
+    with ends_at_once():
+        main()

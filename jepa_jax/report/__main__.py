@@ -7,7 +7,7 @@ non-zero exit.
 from collections.abc import Sequence
 
 from jepa_jax import device
-from jepa_jax.command import Parser, errors_as_lines, with_huge_pages
+from jepa_jax.command import Parser, ends_at_once, errors_as_lines, with_huge_pages
 from jepa_jax.report import write_report
 
 _DESCRIPTION = """\
@@ -36,4 +36,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     with_huge_pages()
     device.select("auto")
-    main()
+    with ends_at_once():
+        main()

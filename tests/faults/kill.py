@@ -53,6 +53,8 @@ _SECONDS = 600.0
 _EPOCHS = 3
 # A save every few steps, beside the one of every epoch.
 _ARGUMENTS = [*TINY, "--config.logging.save_every_minutes=0.002", "--workdir=run"]
+# When all is written a signal may end what Python tidies up.
+_OVER = (0, -signal.SIGINT, -signal.SIGTERM)
 _TEMPORARY = (".cifar10-preparing-*", "*.orbax-checkpoint-tmp*", "*.partial")
 _NPM = """#!{python}
 import pathlib, time
@@ -296,8 +298,8 @@ class Place:
             "is_cold": blow.phase == "compile",
             "with_report": blow.phase in ("evaluation", "report"),
         }
-        ended, struck = self._strike(blow, self._start(where, **options))
-        if struck is None and ended.code == 0:
+        ended, struck = self._strike(blow, where, self._start(where, **options))
+        if struck is None and ended.code in _OVER:
             shutil.rmtree(where)
             return None
         phases = ended.under_way(struck or 0.0)
@@ -313,7 +315,9 @@ class Place:
         told = f"{blow.name}, {blow.phase}, in {phases}, {where}: {'; '.join(wrong)}"
         return Outcome(phase, told.replace(f"{self._folder}{os.sep}", ""), *lost)
 
-    def _strike(self, blow: Blow, watched: Watched) -> tuple[Ended, float | None]:
+    def _strike(
+        self, blow: Blow, where: pathlib.Path, watched: Watched
+    ) -> tuple[Ended, float | None]:
         """How it ended, and when the first signal was sent; None if it was over by then."""
         durations = self._durations[blow.phase]
         occurrence = int(blow.occurrence * len(durations))
@@ -326,8 +330,9 @@ class Place:
             time.sleep(blow.gap if index else 0.0)
             watched.send(number)
         ended = watched.end()
-        is_over = ended.code == 0 and not ended.under_way(struck)
-        return ended, None if is_over and ended.events[-1].seconds < struck else struck
+        is_over = ended.code in _OVER and (where / "run" / "summary.json").exists()
+        is_over &= not ended.under_way(struck) and ended.events[-1].seconds < struck
+        return ended, None if is_over else struck
 
     def _badly_resumed(
         self, where: pathlib.Path, ended: Ended, newest: int, with_report: bool
