@@ -431,6 +431,7 @@ def claim_workdir(plan: Plan, has_checkpoint: bool) -> None:
                 f"{plan.workdir} holds a run of another config ({'; '.join(changed)}): give "
                 f"another --workdir, and --init_from={plan.workdir} to start from its parameters"
             )
+        _store_where_it_goes_on(path, stored)
         return
     # Of an earlier run, whose checkpoints somebody deleted.
     for name in ("summary.json", "evaluation.json", "report.html"):
@@ -438,6 +439,22 @@ def claim_workdir(plan: Plan, has_checkpoint: bool) -> None:
     shutil.rmtree(plan.workdir / "encoder", ignore_errors=True)
     environment = describe_environment()
     write_json(path, {**identity, "schema_version": SCHEMA_VERSION, "environment": environment})
+
+
+def _store_where_it_goes_on(path: pathlib.Path, stored: dict[str, Any]) -> None:
+    """Adds this environment to a run's config.json if it is not the one the run was last in."""
+    others = stored.get("continued_in", [])
+    previous = others[-1] if others else stored.get("environment") or {}
+    current = describe_environment()
+    changed = [
+        f"{name} was {previous.get(name)} and is {current.get(name)}"
+        for name in sorted({*previous, *current} - {"command"})
+        # Where compiled programs are kept changes nothing of them.
+        if "CACHE" not in name and previous.get(name) != current.get(name)
+    ]
+    if changed:
+        write_json(path, {**stored, "continued_in": [*others, current]})
+        say(f"{'note':<10}the run goes on elsewhere than it began: {'; '.join(changed)}")
 
 
 def starting_state(plan: Plan, checkpoints: checkpoint.Checkpoints, state: TrainState):

@@ -337,6 +337,23 @@ def test_a_run_that_is_too_short_for_a_profile_says_so(run, capsys):
     assert not list(workdir.glob("*profile*"))
 
 
+def test_a_run_that_goes_on_elsewhere_says_where(run, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        signal_after(patch, 5)
+        with pytest.raises(Interrupted):
+            run()
+    here = plan.describe_environment()
+    there = {**here, "jax": "9.9.9", "command": "another", "JAX_COMPILATION_CACHE_DIR": "x"}
+    capsys.readouterr()
+    monkeypatch.setattr(plan, "describe_environment", lambda: there)
+    _, workdir = run()
+    assert f"jax was {jax.__version__} and is 9.9.9\n" in capsys.readouterr().out
+    run()  # where it ended
+    assert "goes on elsewhere" not in capsys.readouterr().out
+    stored = json.loads((workdir / "config.json").read_text())
+    assert stored["environment"] == here and stored["continued_in"] == [there]
+
+
 def test_a_resumed_epoch_reports_its_true_speed(run, monkeypatch):
     with monkeypatch.context() as patch:
         signal_after(patch, 7)

@@ -25,6 +25,7 @@ from tests.faults.table import Row, as_markdown
 # By the promise that they attack.
 ATTACKS = (
     "kill",
+    "signals",
     "damage",
     "disk",
     "lock",

@@ -1,8 +1,6 @@
 """Promise 1: killed or told to stop at any moment, the next identical command makes it good.
 
-    python -m tests.faults.kill [KILLS [SIGNALS]]
-
-prints the table of that many kills and signals, with a line for each on stderr. Every moment is
+Every moment is
 drawn from `SEED` and the attack's number: a phase, which of its occurrences, and a share of what
 that occurrence took in a run that nobody disturbed. `kill_child` is the command that tells its
 phases.
@@ -33,7 +31,7 @@ import numpy as np
 from PIL import Image
 
 from tests.faults.processes import ROOT, TINY, environment
-from tests.faults.table import Row, as_markdown, row_of
+from tests.faults.table import Row, row_of
 
 SEED = 7
 # Every phase, in words. Of several under way at a time, the earlier one in this list is named.
@@ -410,21 +408,13 @@ def _badly_ended(ended: Ended, blow: Blow) -> list[str]:
 
 # --- the attacks ------------------------------------------------------------------------------
 
-_TERM, _INT, _KILL = (signal.SIGTERM,), (signal.SIGINT,), (signal.SIGKILL,)
-_SIGNALS = [
-    *[(phase, _TERM) for phase in (*PHASES, *(3 * ("save", "rename")))],
-    *[(phase, 2 * _INT) for phase in PHASES],
-    *[(phase, _INT + _KILL) for phase in ("save", "chunk", "preparation")],
-]
-_SIGNALS_SHORT = [("save", _TERM), ("chunk", 2 * _INT)]
+_KILL, _TERM = (signal.SIGKILL,), (signal.SIGTERM,)
 # How often a moment is drawn anew that came too late, and phases that are lacking.
 _ATTEMPTS = 5
-_KILLS, _KILLS_SHORT = 100, ("save", "rename", "chunk", "preparation")
+_KILLS, _SHORT = 100, ("save", "chunk")
 
 
-def _struck(
-    place: Place, attacks: Sequence[tuple[int, str, tuple[int, ...]]], is_told: bool
-) -> list[Outcome]:
+def struck(place: Place, attacks: Sequence[tuple[int, str, tuple[int, ...]]]) -> list[Outcome]:
     """The outcomes of attacks, given by number, phase and signals; two at a time."""
 
     def attack(given):
@@ -436,44 +426,44 @@ def _struck(
                 break
         else:
             outcome = Outcome("none", f"{blow.name}, {phase}: always over before", 0, 0.0)
-        if is_told:
-            text = f"{blow.name} in {outcome.phase}: {outcome.wrong or 'survived'}"
-            print(f"{text}, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+        text = f"{blow.name} in {outcome.phase}: {outcome.wrong or 'survived'}"
+        print(f"{text}, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         return outcome
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         return list(pool.map(attack, attacks))
 
 
-def _killed(place: Place, number: int, phases: Sequence[str], least: int, is_told: bool):
+def _killed(place: Place, number: int, phases: Sequence[str], least: int) -> list[Outcome]:
     """Outcomes of `number` kills, in turn of the phases; more, if one is hit less than `least`."""
     turns = itertools.islice(itertools.cycle(phases), number)
     attacks = [(index, phase, _KILL) for index, phase in enumerate(turns)]
-    outcomes = _struck(place, attacks, is_told)
+    outcomes = struck(place, attacks)
     for _ in range(_ATTEMPTS):
         hit = collections.Counter(outcome.phase for outcome in outcomes)
         lacking = [phase for phase in phases for _ in range(least - hit[phase])]
         attacks = [(len(outcomes) + i, phase, _KILL) for i, phase in enumerate(lacking)]
-        outcomes += _struck(place, attacks, is_told)
+        outcomes += struck(place, attacks)
     return outcomes
 
 
 def rows(is_long: bool, folder: pathlib.Path) -> Iterator[Row]:
-    """Kills by phase, all of them, and signals.
+    """Kills by phase, and all of them; the long form of the other signals is `signals.rows`.
 
     Args:
-      is_long: 100 kills and 25 signals, else 4 and 2.
+      is_long: 100 kills, else 2 and a SIGTERM during a save.
       folder: an empty one; what survived is deleted.
     """
     if is_long:
-        yield from _table(folder, _KILLS, list(PHASES), _LEAST, _SIGNALS, is_told=True)
-    else:
-        yield from _table(folder, 4, _KILLS_SHORT, 0, _SIGNALS_SHORT, is_told=False)
+        yield from _kill_rows(Place(folder, with_all=True), _KILLS, list(PHASES), _LEAST)
+        return
+    place = Place(folder, with_all=False)
+    yield from _kill_rows(place, len(_SHORT), _SHORT, 0)
+    yield from signal_rows(place, [("save", _TERM)])
 
 
-def _table(folder, num_kills, phases, least, signals, *, is_told) -> Iterator[Row]:
-    place = Place(folder, with_all="compile" in phases)
-    kills = _killed(place, num_kills, phases, least, is_told)
+def _kill_rows(place: Place, number: int, phases: Sequence[str], least: int) -> Iterator[Row]:
+    kills = _killed(place, number, phases, least)
     for phase, words in [*PHASES.items(), ("none", "none of these")]:
         if found := [kill.wrong for kill in kills if kill.phase == phase]:
             yield row_of(1, f"kill -9 during {words}", found)
@@ -481,28 +471,12 @@ def _table(folder, num_kills, phases, least, signals, *, is_told) -> Iterator[Ro
     lost = f"at most {steps} steps and {seconds:.1f} s were lost"
     found = [kill.wrong for kill in kills]
     yield row_of(1, f"all kill -9, at moments drawn by seed {SEED}; {lost}", found)
+
+
+def signal_rows(place: Place, signals: Sequence[tuple[str, tuple[int, ...]]]) -> Iterator[Row]:
+    """A row for each run of equal signals; `signals` are (phase, their numbers)."""
     attacks = [(1000 + index, *attack) for index, attack in enumerate(signals)]
     for numbers, group in itertools.groupby(attacks, lambda attack: attack[-1]):
         names = " and then ".join(signal.Signals(n).name for n in numbers)
-        found = [outcome.wrong for outcome in _struck(place, list(group), is_told)]
+        found = [outcome.wrong for outcome in struck(place, list(group))]
         yield row_of(1, f"{names} at moments drawn by seed {SEED}", found)
-
-
-def main() -> None:
-    """Prints the table, and fails if a promise did not hold."""
-    num_kills, num_signals = [*map(int, sys.argv[1:]), _KILLS, len(_SIGNALS)][:2]
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="jepa_jax_kill_"))
-    least = min(_LEAST, num_kills // len(PHASES))
-    table = _table(folder, num_kills, list(PHASES), least, _SIGNALS[:num_signals], is_told=True)
-    found = []
-    for row in table:
-        found.append(row)
-        print(row, file=sys.stderr)
-    print(as_markdown(found))
-    if any(row.failures for row in found):
-        sys.exit(1)
-    shutil.rmtree(folder)
-
-
-if __name__ == "__main__":
-    main()
