@@ -693,7 +693,7 @@ def rows(is_long: bool, folder: pathlib.Path) -> Iterator[Row]:
         PROMISE, "a config's value of another type, out of range, or no number", config_outcomes()
     )
     groups = all_cases()
-    chosen = sample(groups, NUM_PROCESSES if is_long else 6)
+    chosen = sample(groups, NUM_PROCESSES if is_long else 4)
 
     def start(numbered: tuple[int, Case]) -> str | None:
         number, case = numbered
@@ -706,6 +706,6 @@ def rows(is_long: bool, folder: pathlib.Path) -> Iterator[Row]:
         if group == "config key":
             cases = [case for case in cases if case.prepare is with_data]
         cases = [case for case in cases if not case.needs_process]
-        cases = cases if is_long else random.Random(SEED).sample(cases, min(10, len(cases)))
+        cases = cases if is_long else random.Random(SEED).sample(cases, min(4, len(cases)))
         outcomes = [tried(case, folder / f"{group}{n}", False) for n, case in enumerate(cases)]
         yield row_of(PROMISE, f"bad {group}, in one process", outcomes)

@@ -110,7 +110,12 @@ def _newest_stays(folder: pathlib.Path) -> list[str | None]:
 
 
 def rows(is_long: bool, folder: pathlib.Path) -> Iterator[Row]:
-    """Every file of a checkpoint in four ways, ten more turned bits each in the long form."""
+    """Files of a checkpoint, each in four ways.
+
+    Args:
+      is_long: every file, and ten more turned bits each; else six that are drawn.
+      folder: for the runs.
+    """
     from jepa_jax.checkpoint import Checkpoints
 
     run, template = _trained(folder / "run")
@@ -119,7 +124,10 @@ def rows(is_long: bool, folder: pathlib.Path) -> Iterator[Row]:
     newest = run / "checkpoints" / str(max(saved))
     random, shapes = np.random.default_rng(SEED), template()
     outcomes: dict[str, list[str | None]] = {how: [] for how in _HARMS}
-    for path in sorted(path for path in newest.rglob("*") if path.is_file()):
+    files = sorted(path for path in newest.rglob("*") if path.is_file())
+    if not is_long:
+        files = [files[index] for index in sorted(random.permutation(len(files))[:6])]
+    for path in files:
         for how, place in _moments(path, is_long, random):
             file = path.relative_to(newest)
             outcomes[how].append(_damaged(run, file, how, place, saved, shapes))

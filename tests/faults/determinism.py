@@ -3,6 +3,7 @@
 `python -m tests.faults.determinism` prints, as JSON, what must not depend on how XLA compiles.
 """
 
+import concurrent.futures
 import hashlib
 import json
 import pathlib
@@ -112,7 +113,9 @@ def rows(is_long: bool, folder: pathlib.Path) -> Iterator[Row]:
     data = with_small_cifar(small_arrays(), folder / "data")
     again, streamed = [], []
     for seed in range(10 if is_long else 1):
-        first, second = (_run(folder / f"{seed}-{name}", seed, data) for name in "ab")
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:  # one a core
+            runs = [pool.submit(_run, folder / f"{seed}-{name}", seed, data) for name in "ab"]
+        first, second = (run.result() for run in runs)
         again.append(_difference(first, second))
         if is_long:
             placed = "--config.data.placement=stream"

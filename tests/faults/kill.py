@@ -1,9 +1,8 @@
 """Promise 1: killed or told to stop at any moment, the next identical command makes it good.
 
-Every moment is
-drawn from `SEED` and the attack's number: a phase, which of its occurrences, and a share of what
-that occurrence took in a run that nobody disturbed. `kill_child` is the command that tells its
-phases.
+Every moment is drawn from `SEED` and the attack's number: a phase, which of its occurrences, and a
+share of what that occurrence took in a run that nobody disturbed. `kill_child` is the command that
+tells its phases.
 """
 
 import collections
@@ -408,10 +407,11 @@ def _badly_ended(ended: Ended, blow: Blow) -> list[str]:
 
 # --- the attacks ------------------------------------------------------------------------------
 
-_KILL, _TERM = (signal.SIGKILL,), (signal.SIGTERM,)
+_KILL = (signal.SIGKILL,)
 # How often a moment is drawn anew that came too late, and phases that are lacking.
 _ATTEMPTS = 5
-_KILLS, _SHORT = 100, ("save", "chunk")
+_KILLS = 100
+_SHORT = [(0, "save", _KILL), (1000, "chunk", (signal.SIGTERM,))]
 
 
 def struck(place: Place, attacks: Sequence[tuple[int, str, tuple[int, ...]]]) -> list[Outcome]:
@@ -451,15 +451,16 @@ def rows(is_long: bool, folder: pathlib.Path) -> Iterator[Row]:
     """Kills by phase, and all of them; the long form of the other signals is `signals.rows`.
 
     Args:
-      is_long: 100 kills, else 2 and a SIGTERM during a save.
+      is_long: 100 kills, else one during a save and, at the same time, a SIGTERM in an epoch.
       folder: an empty one; what survived is deleted.
     """
     if is_long:
         yield from _kill_rows(Place(folder, with_all=True), _KILLS, list(PHASES), _LEAST)
         return
-    place = Place(folder, with_all=False)
-    yield from _kill_rows(place, len(_SHORT), _SHORT, 0)
-    yield from signal_rows(place, [("save", _TERM)])
+    for outcome in struck(Place(folder, with_all=False), _SHORT):
+        yield row_of(
+            1, f"a signal during {PHASES.get(outcome.phase, 'none of them')}", [outcome.wrong]
+        )
 
 
 def _kill_rows(place: Place, number: int, phases: Sequence[str], least: int) -> Iterator[Row]:
