@@ -308,8 +308,8 @@ def _drop_damaged_metrics(folder: pathlib.Path) -> None:
                 json.loads(step.joinpath(*parts).read_text()) for parts in (_METRICS, _DIGESTS)
             )
             is_sound = _of_text(metrics) == _sound(digests)["metrics"]
-        except (OSError, ValueError, AttributeError, KeyError, TypeError):
-            is_sound = False
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+            is_sound = _is_of_the_system(error)
         if not is_sound:
             shutil.rmtree(step / _METRICS[0], ignore_errors=True)
 
@@ -329,10 +329,12 @@ def _read_or_one_line(read: Callable[[], Any], kind: type[CheckpointError], mess
     _silence_closed_loops()
     try:
         return read()
-    except Interrupted:
+    except (Interrupted, MemoryError):
         raise
     except Exception as error:  # orbax, tensorstore and json each raise their own kinds
         reason = _one_line_of(error)
+        if kind is DamagedError and _is_of_the_system(error):
+            kind, message = CheckpointError, message.replace("is damaged", "cannot be read")
     asyncio_log = logging.getLogger("asyncio")
     disabled, asyncio_log.disabled = asyncio_log.disabled, True
     with warnings.catch_warnings():
@@ -340,6 +342,12 @@ def _read_or_one_line(read: Callable[[], Any], kind: type[CheckpointError], mess
         gc.collect()
     asyncio_log.disabled = disabled
     raise kind(f"{message} ({reason})")
+
+
+def _is_of_the_system(error: Exception) -> bool:
+    """Too many open files, no permission, a drive that went away: the file itself may be sound."""
+    missing = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+    return isinstance(error, OSError) and not isinstance(error, missing)
 
 
 def _silence_closed_loops() -> None:

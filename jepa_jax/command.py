@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from absl import logging
 
 from jepa_jax.errors import JepaError
+from jepa_jax.signals import never_swallowed
 
 
 def fail(message: str, exit_code: int = 2) -> NoReturn:
@@ -59,22 +60,28 @@ def with_huge_pages() -> None:
 
 @contextlib.contextmanager
 def ends_at_once() -> Iterator[None]:
-    """Around all that a process does: after the block a signal ends it at once, without a word.
+    """Around a command's work: after the block a signal ends the process at once, without a word.
 
-    Everything is written by then. What Python, JAX and others still tidy up takes a signal badly:
-    with a traceback, or a segmentation fault.
+    All is written by then. What Python, JAX and others still tidy up takes a signal badly: with a
+    traceback, or a segmentation fault.
     """
     try:
         yield
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    except KeyboardInterrupt as error:
+        sys.exit(128 + getattr(error, "signal_number", signal.SIGINT))
     finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # a pipe that nobody reads any more
+                stream.flush()
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # of a job in the background
+                signal.signal(number, signal.SIG_DFL)
 
 
 class _Terminated(KeyboardInterrupt):
     """SIGTERM, which then ends what Ctrl-C ends: no `except Exception` takes it for an error."""
+
+    signal_number = signal.SIGTERM
 
 
 def _terminate(number: int, frame: Any) -> NoReturn:
@@ -92,7 +99,7 @@ def errors_as_lines(interrupted: str) -> Iterator[None]:
     is_main = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, _terminate) if is_main else None
     try:
-        with _as_lines(interrupted):
+        with _as_lines(interrupted), never_swallowed():
             yield
     finally:
         if is_main:
@@ -115,6 +122,11 @@ def _as_lines(interrupted: str) -> Iterator[None]:
         fail(f"{where}{error.strerror or error}")
     except MemoryError:
         fail("this machine has not enough memory for that")
+    except RuntimeError as error:
+        # jax.errors.JaxRuntimeError; JAX is not imported for its name alone.
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        fail("the device has not enough memory for that: use a smaller batch or model")
     except _Terminated:
         fail(interrupted, 128 + signal.SIGTERM)
     except KeyboardInterrupt:

@@ -42,8 +42,10 @@ def only_process_in(folder: pathlib.Path) -> Iterator[None]:
                 + ("" if _is_ours(holder) else f"; if it is gone, delete {path}")
             )
         _write(descriptor, {"pid": os.getpid(), "host": socket.gethostname()})
-        yield
-        _write(descriptor, {})
+        try:
+            yield
+        finally:
+            _write(descriptor, {})
     finally:
         os.close(descriptor)
 

@@ -350,6 +350,7 @@ def train(
             if stop.signal_number or collapsed:
                 _stop_early(loop, int(state.step), collapsed)
         _wait_for_save(loop)
+        stop.deferring = False
         if stop.signal_number:  # during that save
             _stop_early(loop, int(state.step), None)
     return state, progress

@@ -14,11 +14,13 @@ from ml_collections import ConfigDict
 
 from jepa_jax.data import Dataset
 from jepa_jax.errors import CheckpointError, ConfigError
+from jepa_jax.lock import only_process_in
 from jepa_jax.loop import make_runner, make_watch, online_probe
 from jepa_jax.metrics import read_json, write_json
 from jepa_jax.plan import Plan, clean_images, initial_state, make_plan
 from jepa_jax.progress import duration, say
 from jepa_jax.representation import CHUNK, extract_features, reestimate_batch_stats
+from jepa_jax.train import prepare_workdir
 from jepa_jax.train_step import TrainState
 
 _TURN_SECONDS = 2.0
@@ -181,7 +183,9 @@ def fit_to_budget(
         passed = time.perf_counter() - began
         return Cost(spent + passed + compiling + final, epoch, after), plan.steps_per_epoch
 
-    epochs = chosen_epochs(workdir, seconds, measure)
+    workdir = prepare_workdir(workdir)
+    with only_process_in(workdir):
+        epochs = chosen_epochs(workdir, seconds, measure)
     return with_epochs(config, epochs), found.get("dataset")
 
 

@@ -431,7 +431,6 @@ def claim_workdir(plan: Plan, has_checkpoint: bool) -> None:
                 f"{plan.workdir} holds a run of another config ({'; '.join(changed)}): give "
                 f"another --workdir, and --init_from={plan.workdir} to start from its parameters"
             )
-        _store_where_it_goes_on(path, stored)
         return
     # Of an earlier run, whose checkpoints somebody deleted.
     for name in ("summary.json", "evaluation.json", "report.html"):
@@ -441,11 +440,12 @@ def claim_workdir(plan: Plan, has_checkpoint: bool) -> None:
     write_json(path, {**identity, "schema_version": SCHEMA_VERSION, "environment": environment})
 
 
-def _store_where_it_goes_on(path: pathlib.Path, stored: dict[str, Any]) -> None:
-    """Adds this environment to a run's config.json if it is not the one the run was last in."""
-    others = stored.get("continued_in", [])
-    previous = others[-1] if others else stored.get("environment") or {}
-    current = describe_environment()
+def store_where_it_goes_on(workdir: pathlib.Path) -> None:
+    """Adds this environment to a run's config.json if the run was last in another one."""
+    path = workdir / "config.json"
+    stored, current = read_json(path), describe_environment()
+    continued_in = stored.get("continued_in", [])
+    previous = continued_in[-1] if continued_in else stored.get("environment", {})
     changed = [
         f"{name} was {previous.get(name)} and is {current.get(name)}"
         for name in sorted({*previous, *current} - {"command"})
@@ -453,8 +453,8 @@ def _store_where_it_goes_on(path: pathlib.Path, stored: dict[str, Any]) -> None:
         if "CACHE" not in name and previous.get(name) != current.get(name)
     ]
     if changed:
-        write_json(path, {**stored, "continued_in": [*others, current]})
-        say(f"{'note':<10}the run goes on elsewhere than it began: {'; '.join(changed)}")
+        write_json(path, {**stored, "continued_in": [*continued_in, current]})
+        say(f"{'note':<10}the run goes on under other conditions: {'; '.join(changed)}")
 
 
 def starting_state(plan: Plan, checkpoints: checkpoint.Checkpoints, state: TrainState):

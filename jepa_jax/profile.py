@@ -22,7 +22,7 @@ class Profile:
     """
 
     def __init__(self, folder: pathlib.Path | None):
-        self._folder, self._pieces, self._steps = folder, 0, 0
+        self._folder, self._pieces, self._steps, self._is_tracing = folder, 0, 0, False
 
     @property
     def _partial(self) -> pathlib.Path:
@@ -39,6 +39,7 @@ class Profile:
             jax.block_until_ready(state)
             shutil.rmtree(self._partial, ignore_errors=True)
             jax.profiler.start_trace(self._partial)
+            self._is_tracing = True
             return
         self._steps += num_steps
         if self._steps >= _NUM_STEPS:
@@ -50,7 +51,7 @@ class Profile:
         if self._folder is None:
             return
         folder = self._folder
-        if self._pieces >= _FIRST_PIECE:
+        if self._is_tracing:
             jax.profiler.stop_trace()
         if self._steps:
             shutil.rmtree(folder, ignore_errors=True)

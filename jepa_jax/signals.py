@@ -2,11 +2,14 @@
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 from jepa_jax.errors import Interrupted
+
+_AGAIN_SECONDS = 0.05
 
 
 class StopRequest:
@@ -26,6 +29,34 @@ class StopRequest:
 
 
 @contextlib.contextmanager
+def never_swallowed() -> Iterator[None]:
+    """In the block a signal comes again whose exception landed where Python drops exceptions.
+
+    That is in a callback of the collector, JAX has one, and in whatever finalises an object.
+    """
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if isinstance(error, Interrupted | KeyboardInterrupt):
+            number = getattr(error, "signal_number", signal.SIGINT)
+            # Not from here: what the handler raises in this hook is dropped, too.
+            main = threading.main_thread().ident
+            again = threading.Timer(_AGAIN_SECONDS, signal.pthread_kill, (main, number))
+            again.daemon = True
+            again.start()
+        else:
+            previous(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        if sys.unraisablehook is hook:
+            sys.unraisablehook = previous
+
+
+@contextlib.contextmanager
 def stop_on_signals(message: str) -> Iterator[StopRequest]:
     """Handles SIGINT and SIGTERM inside the block; the previous handlers come back after it."""
     request = StopRequest(message)
@@ -35,7 +66,8 @@ def stop_on_signals(message: str) -> Iterator[StopRequest]:
     numbers = (signal.SIGINT, signal.SIGTERM)
     previous = [signal.signal(number, request.handle) for number in numbers]
     try:
-        yield request
+        with never_swallowed():
+            yield request
     finally:
         for number, handler in zip(numbers, previous, strict=True):
             signal.signal(number, handler)

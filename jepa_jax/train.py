@@ -33,6 +33,7 @@ from jepa_jax.plan import (
     initial_state,
     make_plan,
     starting_state,
+    store_where_it_goes_on,
 )
 from jepa_jax.progress import Phases, Stopwatch, print_summary, say
 from jepa_jax.representation import reestimate_batch_stats
@@ -166,7 +167,12 @@ def _print_header(plan: Plan, state: TrainState, progress: dict[str, Any]) -> No
 # --- the whole ---------------------------------------------------------------------------------
 
 
-def _prepare_workdir(workdir: str | pathlib.Path) -> pathlib.Path:
+def prepare_workdir(workdir: str | pathlib.Path) -> pathlib.Path:
+    """The folder as an absolute path, made where it is missing.
+
+    Raises:
+      ConfigError: if it cannot be written.
+    """
     workdir = home_expanded(workdir).absolute()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -215,7 +221,7 @@ def train_and_evaluate(
       Interrupted: on SIGINT or SIGTERM, after saving.
     """
     validate(config)
-    workdir = _prepare_workdir(workdir)
+    workdir = prepare_workdir(workdir)
     with only_process_in(workdir):
         return _run(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from, profile)
 
@@ -228,7 +234,8 @@ def _run(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from, prof
         plan = make_plan(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from)
     with contextlib.closing(checkpoint.Checkpoints(workdir)) as checkpoints:
         with phases("setup"):
-            claim_workdir(plan, checkpoints.latest_step() is not None)
+            is_resumed = checkpoints.latest_step() is not None
+            claim_workdir(plan, is_resumed)
         with phases("compile"):
             # Thrown away: the next phase is on the run's clock, and compiling is not.
             jax.block_until_ready(initial_state(plan))
@@ -237,6 +244,8 @@ def _run(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from, prof
         with phases("setup"):
             untrained = jax.device_get(variables_of(state))
             state, progress = starting_state(plan, checkpoints, state)
+            if is_resumed and not (workdir / "summary.json").exists():
+                store_where_it_goes_on(workdir)
         session.add(progress["total_seconds"])
         phases.add(progress["phases"])
         _print_header(plan, state, progress)

@@ -17,8 +17,17 @@ PACKAGE = pathlib.Path(jepa_jax.__file__).parent
 FLOORS = (
     {"errors"},
     {"augment", "health", "losses", "optim", "probes"}
-    | {"command", "device", "lock", "progress", "signals"},
-    {"checkpoint", "data", "environment", "metrics", "models", "profile", "random_patches"},
+    | {"device", "lock", "paths", "progress", "signals"},
+    {
+        "checkpoint",
+        "command",
+        "data",
+        "environment",
+        "metrics",
+        "models",
+        "profile",
+        "random_patches",
+    },
     {"interop", "representation", "sgd_probe", "train_step"},  # pure training and features
     {"config", "divergence", "evaluation", "runner", "watch"},
     {"config_flags", "plan"},

@@ -190,7 +190,7 @@ def test_only_the_pieces_that_are_wanted_are_measured(quiet):
     assert make().measure(only=["epoch", "rates"])
     assert [command[2] for command, _ in calls] == ["--measure-rates", "--measure-epoch"]
     with pytest.raises(ConfigError, match="rate is no piece of the suite: rates, step"):
-        make().measure(only=["rate"])
+        make().check(["rate"])
 
 
 def test_nothing_begins_that_may_not_end_in_time(quiet):

@@ -43,6 +43,28 @@ def test_a_signal_outside_the_training_cleans_up_and_is_one_line(number):
     assert (out, err) == ("cleaned up\n", "error: stopped before the end\n")
 
 
+COLLECTS = """
+import gc, signal, sys, time
+from jepa_jax.command import errors_as_lines
+from jepa_jax.signals import stop_on_signals
+def callback(phase, info):
+    gc.callbacks.remove(callback)
+    signal.raise_signal(signal.{number})
+with errors_as_lines("interrupted"){inner}:
+    gc.callbacks.append(callback)
+    gc.collect()
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("inner", ["", ", stop_on_signals('interrupted')"])
+def test_a_signal_that_the_collector_swallows_comes_again(number, inner):
+    code = COLLECTS.format(number=number.name, inner=inner)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert (found.returncode, found.stderr) == (128 + number, "error: interrupted\n")
+
+
 TIDIES_UP = """
 import atexit, signal, sys, time
 from jepa_jax.command import ends_at_once, errors_as_lines, fail
@@ -71,6 +93,10 @@ def test_a_signal_while_python_tidies_up_ends_it_without_a_word(number):
         ("open('/nowhere/at/all')", "error: /nowhere/at/all: No such file or directory"),
         ("raise OSError(28, 'No space left on device')", "error: No space left on device"),
         ("bytearray(2**62)", "error: this machine has not enough memory for that"),
+        (
+            "raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 B')",
+            "error: the device has not enough memory for that: use a smaller batch or model",
+        ),
         (
             "from jepa_jax.errors import DataError; raise DataError('a\\nb\\x1b[31m \\udcff')",
             "error: a b?[31m ?",

@@ -347,9 +347,10 @@ def test_a_run_that_goes_on_elsewhere_says_where(run, monkeypatch, capsys):
     capsys.readouterr()
     monkeypatch.setattr(plan, "describe_environment", lambda: there)
     _, workdir = run()
-    assert f"jax was {jax.__version__} and is 9.9.9\n" in capsys.readouterr().out
-    run()  # where it ended
-    assert "goes on elsewhere" not in capsys.readouterr().out
+    assert f"conditions: jax was {jax.__version__} and is 9.9.9\n" in capsys.readouterr().out
+    monkeypatch.setattr(plan, "describe_environment", lambda: here)
+    run()  # it is finished: nothing goes on
+    assert "conditions" not in capsys.readouterr().out
     stored = json.loads((workdir / "config.json").read_text())
     assert stored["environment"] == here and stored["continued_in"] == [there]
 

@@ -221,7 +221,7 @@ def _suite(arguments: argparse.Namespace, given: GivenConfig) -> None:
         given,
         arguments.out,
         minutes=arguments.minutes,
-        only=[name for name in arguments.only.split(",") if name],
+        only=[name.strip() for name in arguments.only.split(",")] if arguments.only else [],
         is_miniature=arguments.miniature,
         peer_python=arguments.peer_python,
     )

@@ -296,23 +296,26 @@ class Suite:
         figures = self.figures(piece.name)
         return figures if figures is not None and piece.is_current(figures) else None
 
+    def check(self, names: Collection[str]) -> None:
+        """ConfigError unless there is a piece of each name that can be measured here."""
+        pieces = {piece.name: piece for piece in self.pieces()}
+        for name in names:
+            if name not in pieces:
+                known = ", ".join(pieces)
+                raise ConfigError(f"--only={name} is no piece of the suite: {known}")
+            if absent := pieces[name].absent:
+                raise ConfigError(f"--only={name} cannot be measured here: {absent}")
+
     def measure(self, minutes: float | None = None, only: Collection[str] = ()) -> bool:
         """Measures what is missing; whether everything is there or was tried.
 
         Args:
           minutes: no piece is begun that may not end in so many.
           only: the names of the pieces that are wanted; empty for all.
-
-        Raises:
-          ConfigError: if there is no piece of such a name.
         """
-        pieces = self.pieces()
-        if unknown := sorted(set(only) - {piece.name for piece in pieces}):
-            names = ", ".join(piece.name for piece in pieces)
-            raise ConfigError(f"--only={unknown[0]} is no piece of the suite: {names}")
         if minutes:
             self._deadline = time.perf_counter() + 60 * minutes
-        for piece in pieces:
+        for piece in self.pieces():
             if only and piece.name not in only:
                 continue
             while not piece.absent and self._current(piece) is None:
@@ -514,6 +517,7 @@ def run_suite(
 ) -> int:
     """Measures what is missing, and wanted, and writes the tables; the command's exit code."""
     suite = Suite(given, folder, is_miniature=is_miniature, peer_python=peer_python)
+    suite.check(only)
     began = time.perf_counter()
     try:
         is_over = suite.measure(minutes, only)
@@ -525,5 +529,6 @@ def run_suite(
     if not is_over:
         say(f"stopped after {taken}; the same command goes on with what is missing")
     else:
-        say(f"all pieces done in {taken}, {len(suite.errors)} failed")
+        which = "the pieces of --only are" if only else "all pieces are"
+        say(f"{which} done after {taken}, {len(suite.errors)} failed")
     return 1 if suite.errors else 0

@@ -118,7 +118,6 @@ ZERO_IS_LEGAL = {
     "optim.min_lr",
     "training.scan_steps",
     "training.early_stop_epochs",
-    "logging.save_every_minutes",
 }
 # Counts that only postpone something.
 HUGE_IS_LEGAL = {
@@ -693,7 +692,7 @@ def rows(is_long: bool, folder: pathlib.Path) -> Iterator[Row]:
         PROMISE, "a config's value of another type, out of range, or no number", config_outcomes()
     )
     groups = all_cases()
-    chosen = sample(groups, NUM_PROCESSES if is_long else 4)
+    chosen = sample(groups, NUM_PROCESSES if is_long else 7)
 
     def start(numbered: tuple[int, Case]) -> str | None:
         number, case = numbered

@@ -113,7 +113,7 @@ def rows(is_long: bool, folder: pathlib.Path) -> Iterator[Row]:
     data = with_small_cifar(small_arrays(), folder / "data")
     again, streamed = [], []
     for seed in range(10 if is_long else 1):
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:  # one a core
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
             runs = [pool.submit(_run, folder / f"{seed}-{name}", seed, data) for name in "ab"]
         first, second = (run.result() for run in runs)
         again.append(_difference(first, second))

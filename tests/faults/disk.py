@@ -179,7 +179,7 @@ def _preparing(folder: pathlib.Path) -> Iterator[str | None]:
         "from jepa_jax.data import cifar10\n"
         "def source(root, staging):\n"
         "    images = np.random.default_rng(0).integers(0, 256, (10000, 3, 32, 32), np.uint8)\n"
-        "    batch = cifar10._batch_bytes(images, np.zeros(10000))\n"
+        "    batch = cifar10._batch_bytes('a batch', images, [0] * 10000)\n"
         "    return {name: batch for name in cifar10.BATCH_MD5}\n"
         "cifar10._from_first_source = source\n"
         "with errors_as_lines(''):\n"

@@ -51,7 +51,7 @@ _EPOCHS = 3
 # A save every few steps, beside the one of every epoch.
 _ARGUMENTS = [*TINY, "--config.logging.save_every_minutes=0.002", "--workdir=run"]
 # When all is written a signal may end what Python tidies up.
-_OVER = (0, -signal.SIGINT, -signal.SIGTERM)
+_OVER = (0, -signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL, 128 + signal.SIGINT)
 _TEMPORARY = (".cifar10-preparing-*", "*.orbax-checkpoint-tmp*", "*.partial")
 _NPM = """#!{python}
 import pathlib, time
