@@ -13,7 +13,9 @@ import argparse
 import dataclasses
 import importlib
 import json
+import os
 import pathlib
+import signal
 import sys
 import tempfile
 import time
@@ -59,11 +61,15 @@ def _run(name: str) -> dict:
 
 def main() -> None:
     """Runs the attacks that are named, by default all, and writes what was counted."""
+    # Of a job in the background it is ignored, and would be by every command that is attacked.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("attacks", nargs="*", help=f"of {', '.join(ATTACKS)}; by default all")
     wanted = parser.parse_args().attacks or ATTACKS
     if unknown := set(wanted) - set(ATTACKS):
         parser.error(f"unknown attacks: {', '.join(sorted(unknown))}")
+    if "disk" in wanted and os.geteuid():
+        parser.error("disk has to mount: unshare --map-root-user --mount python -m tests.faults")
     results = json.loads(_RESULTS.read_text()) if _RESULTS.exists() else {}
     for name in wanted:
         results[name] = _run(name)
