@@ -344,10 +344,16 @@ def _read_or_one_line(read: Callable[[], Any], kind: type[CheckpointError], mess
     raise kind(f"{message} ({reason})")
 
 
+# In the errors of tensorstore, which are ValueErrors.
+_SYSTEM_CODES = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE")
+
+
 def _is_of_the_system(error: Exception) -> bool:
     """Too many open files, no permission, a drive that went away: the file itself may be sound."""
     missing = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-    return isinstance(error, OSError) and not isinstance(error, missing)
+    if isinstance(error, OSError):
+        return not isinstance(error, missing)
+    return any(f"{code}:" in str(error) for code in _SYSTEM_CODES)
 
 
 def _silence_closed_loops() -> None:

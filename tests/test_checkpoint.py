@@ -18,6 +18,7 @@ from jepa_jax.checkpoint import (
     Checkpoints,
     DamagedError,
     NotSavedError,
+    _read_or_one_line,
     load_latest,
     load_tree,
     save_tree,
@@ -330,3 +331,18 @@ def test_a_damaged_or_absent_tree_is_one_line(tmp_path):
         with pytest.raises(CheckpointError) as error:
             load_tree(folder)
         assert f"{folder} cannot be read" in one_line(error)
+
+
+def test_a_file_that_the_system_withholds_is_no_damage(tmp_path):
+    def withheld():
+        raise PermissionError(13, "Permission denied")
+
+    def absent():
+        raise FileNotFoundError(2, "No such file or directory")
+
+    damaged = (DamagedError, "checkpoint 4 is damaged")
+    with pytest.raises(CheckpointError, match="checkpoint 4 cannot be read .*Permission") as found:
+        _read_or_one_line(withheld, *damaged)
+    assert not isinstance(found.value, DamagedError)
+    with pytest.raises(DamagedError, match="checkpoint 4 is damaged .*No such file"):
+        _read_or_one_line(absent, *damaged)
