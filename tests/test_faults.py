@@ -1,26 +1,22 @@
-"""The short form of the attacks of docs/reliability.md; `python -m tests.faults` is the long."""
+"""The short form of the attacks that start processes; `python -m tests.faults` is the long form.
 
-import importlib
+Those of one process are in test_faults_inside.py: the two files run beside each other.
+"""
+
 import os
 import subprocess
 import sys
 
 import pytest
 
-from tests.faults.__main__ import ATTACKS
+from tests.faults.__main__ import assert_survived
 from tests.faults.processes import ROOT
 
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
-
-# The short form of signals is part of that of kill.
-@pytest.mark.parametrize("name", [name for name in ATTACKS if name not in ("disk", "signals")])
+# That of kill has a signal too, in place of the attack of that name.
+@pytest.mark.parametrize("name", ["kill", "lock", "determinism"])
 def test_every_promise_holds(name, tmp_path):
-    attack = importlib.import_module(f"tests.faults.{name}")
-    rows = list(attack.rows(False, tmp_path))
-    failures = [failure for row in rows for failure in row.failures]
-    assert rows and not failures, "\n".join(failures)
-    assert all(row.survived == row.tried > 0 for row in rows)
+    assert_survived(name, tmp_path)
 
 
 def test_a_full_disk_costs_nothing_that_was_there():

@@ -59,6 +59,14 @@ def _run(name: str) -> dict:
     }
 
 
+def assert_survived(name: str, folder: pathlib.Path) -> None:
+    """Runs the short form of an attack in an empty folder, and fails if a promise did not hold."""
+    found = list(importlib.import_module(f"tests.faults.{name}").rows(False, folder))
+    failures = [failure for row in found for failure in row.failures]
+    assert found and not failures, "\n".join(failures)
+    assert all(row.survived == row.tried > 0 for row in found)
+
+
 def main() -> None:
     """Runs the attacks that are named, by default all, and writes what was counted."""
     # Of a job in the background it is ignored, and would be by every command that is attacked.
