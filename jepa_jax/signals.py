@@ -1,6 +1,7 @@
 """SIGINT and SIGTERM as a request to stop at the next good moment."""
 
 import contextlib
+import functools
 import signal
 import sys
 import threading
@@ -36,6 +37,7 @@ def never_swallowed() -> Iterator[None]:
     """
     previous = sys.unraisablehook
 
+    @functools.wraps(previous)  # what others have noted on their hook stays on it
     def hook(unraisable: Any) -> None:
         error = unraisable.exc_value
         if isinstance(error, Interrupted | KeyboardInterrupt):
