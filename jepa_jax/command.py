@@ -58,17 +58,27 @@ def with_huge_pages() -> None:
         os.execv(sys.executable, sys.orig_argv)
 
 
+_MOST_SECONDS_TO_END = 10.0
+
+
 @contextlib.contextmanager
 def ends_at_once() -> Iterator[None]:
     """Around a command's work: after the block a signal ends the process at once, without a word.
 
     All is written by then. What Python, JAX and others still tidy up takes a signal badly: with a
-    traceback, or a segmentation fault.
+    traceback, or a segmentation fault. Nor does the process wait long for their threads: those of
+    orbax wait minutes for a folder that could not be made.
     """
+    code = 1
     try:
         yield
+        code = 0
     except KeyboardInterrupt as error:
-        sys.exit(128 + getattr(error, "signal_number", signal.SIGINT))
+        code = 128 + getattr(error, "signal_number", signal.SIGINT)
+        sys.exit(code)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
     finally:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):  # a pipe that nobody reads any more
@@ -76,6 +86,9 @@ def ends_at_once() -> Iterator[None]:
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:  # of a job in the background
                 signal.signal(number, signal.SIG_DFL)
+        end_at_last = threading.Timer(_MOST_SECONDS_TO_END, os._exit, (code,))
+        end_at_last.daemon = True
+        end_at_last.start()
 
 
 class _Terminated(KeyboardInterrupt):

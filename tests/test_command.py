@@ -76,6 +76,34 @@ with ends_at_once(), errors_as_lines(""):
 """
 
 
+WAITS_FOR_A_THREAD = """
+import sys, threading, time
+from jepa_jax import command
+command._MOST_SECONDS_TO_END = 0.5
+threading.Thread(target=time.sleep, args=(600,)).start()
+with command.ends_at_once():
+    {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "line"),
+    [
+        ("print('done')", 0, ""),
+        ("command.fail('some error', 3)", 3, "error: some error\n"),
+        ("raise KeyboardInterrupt", 130, ""),
+    ],
+)
+def test_a_thread_that_never_ends_does_not_hold_up_the_end(what, code, line):
+    found = subprocess.run(
+        [sys.executable, "-c", WAITS_FOR_A_THREAD.format(what)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (found.returncode, found.stderr) == (code, line)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_python_tidies_up_ends_it_without_a_word(number):
     process = subprocess.Popen(
