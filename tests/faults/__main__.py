@@ -43,7 +43,7 @@ _MARKS = ("<!-- table -->\n", "<!-- end of table -->\n")
 
 
 def _run(name: str) -> dict:
-    began = time.monotonic()
+    began, environment = time.monotonic(), describe_environment()
     found = []
     with tempfile.TemporaryDirectory(prefix="jepa_jax_faults_") as folder:
         attack = importlib.import_module(f"tests.faults.{name}")
@@ -55,7 +55,7 @@ def _run(name: str) -> dict:
     return {
         "rows": [dataclasses.asdict(row) for row in found],
         "seconds": round(time.monotonic() - began, 1),
-        "environment": describe_environment(),
+        "environment": environment,
     }
 
 
