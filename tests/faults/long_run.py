@@ -15,7 +15,7 @@ import pathlib
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -31,9 +31,9 @@ LONG, SHORT = 2500, 30
 # A save or a read under way holds files and threads for a while: the fewest of so many epochs.
 _WINDOW = 10
 _SETTLED = 20
-# The pools of XLA and tensorstore start their threads one by one, whenever all are at work: over
-# 400 epochs 26 at the 17th, 27 from the 49th to the end.
-_POOLS_FULL = 250
+# The pools of XLA and tensorstore start their threads one by one, whenever all are at work: of two
+# runs of 2,500 epochs one had its last thread only after the 250th.
+_POOLS_FULL = 1250
 _BLOCKS = 25
 # tensorstore 0.1.71 to 0.1.86 never frees the texts that it converts to JSON, and orbax 0.12.8
 # makes some for every save and for every array in it. Saves alone, without any training, left 54
@@ -83,11 +83,15 @@ def _train(epochs: int, folder: pathlib.Path, out) -> None:
     jax.monitoring.register_event_listener(count)
     jax.monitoring.register_event_duration_secs_listener(count)
     write, seconds = MetricsWriter.write, 0.0
+    time_fixed_work = _fixed_work()
 
     def write_and_sample(writer, row):
         nonlocal seconds
         write(writer, row)
-        taken = {"step_seconds": row["train_seconds"] - seconds, "clock": time.perf_counter()}
+        taken = {
+            "step_seconds": row["train_seconds"] - seconds,
+            "fixed_seconds": min(time_fixed_work() for _ in range(3)),
+        }
         seen = {name: counts[name] for name in _EVENTS.values()}
         out.write(json.dumps({**seen, **_held(), **taken}) + "\n")
         seconds = row["train_seconds"]
@@ -95,6 +99,35 @@ def _train(epochs: int, folder: pathlib.Path, out) -> None:
     MetricsWriter.write = write_and_sample
     config = tiny_config(optim__epochs=float(epochs))
     train.train_and_evaluate(config, folder, dataset=small_dataset())
+
+
+def _fixed_work() -> Callable[[], float]:
+    """Compiles a gradient of a convolution; what comes back times it once.
+
+    A shared machine's own speed moves by several percent within minutes, and that of both runs
+    together: what is judged is the time of the steps against that of this.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    images = jnp.ones((100, 32, 32, 3), jnp.float32)
+
+    def loss(kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        maps = jax.lax.conv_general_dilated(
+            images, kernel, (1, 1), "SAME", dimension_numbers=numbers
+        )
+        return jnp.sum(jnp.square(maps))
+
+    work, kernel = jax.jit(jax.grad(loss)), jnp.ones((3, 3, 3, 16), jnp.float32)
+    jax.block_until_ready(work(kernel))
+
+    def timed() -> float:
+        began = time.perf_counter()
+        jax.block_until_ready(work(kernel))
+        return time.perf_counter() - began
+
+    return timed
 
 
 def _held() -> dict[str, int]:
@@ -187,7 +220,7 @@ def judge(runs: Sequence[Samples | str]) -> Iterator[Row]:
     epochs = len(runs[0]["threads"]) if runs else 0
     what = f"{epochs:,} epochs, {STEPS_PER_EPOCH * epochs:,} chunks, a checkpoint after each"
     held = [("open_files", "open files", _SETTLED), ("python_threads", "Python threads", _SETTLED)]
-    if epochs > 2 * _POOLS_FULL:
+    if epochs >= 2 * _POOLS_FULL:
         held.append(("threads", "threads of the process", _POOLS_FULL))
     for name, text, since in held:
         outcomes = [*failed, *(growth(run[name], since) for run in runs)]
@@ -196,20 +229,24 @@ def judge(runs: Sequence[Samples | str]) -> Iterator[Row]:
     yield row_of(PROMISE, f"{what}: anything compiled after the first?", again)
     if len(runs) < 2:
         return
-    for name, text, unit, scale, kept in (
-        ("rss_bytes", "host memory", "MiB", 2**20, _KEPT_BY_A_CHECKPOINT),
-        ("step_seconds", "time of an epoch's steps", "ms", 1e-3, 0.0),
-    ):
-        change, interval, apart = (value / scale for value in drift(*(r[name] for r in runs)))
-        allowed = kept * (epochs - epochs // 2) / scale
-        level = np.mean([np.median(run[name][epochs // 2 :]) for run in runs]) / scale
-        told = (
-            f"{text} over the second half {change:+.2f} ± {interval:.2f} {unit} of {level:.1f}, "
-            f"the two runs up to {apart:.2f} apart"
-            + (f", {allowed:.1f} allowed to tensorstore" if allowed else "")
-        )
-        outcome = told if _has_drifted(change - allowed, interval, apart) else None
-        yield row_of(PROMISE, f"{what}: {told}", [outcome])
+    memory = [run["rss_bytes"] / 2**20 for run in runs]
+    allowed = _KEPT_BY_A_CHECKPOINT * (epochs - epochs // 2) / 2**20
+    rest = f", {allowed:.1f} allowed to tensorstore"
+    yield _drift_row(f"{what}: host memory", memory, "MiB", allowed, rest)
+    paces = [run["step_seconds"] / run["fixed_seconds"] for run in runs]
+    paces = [100 * pace / np.median(pace) for pace in paces]
+    yield _drift_row(f"{what}: time of the steps against a fixed program's", paces, "%", 0.0, "")
+
+
+def _drift_row(
+    what: str, values: Sequence[np.ndarray], unit: str, allowed: float, rest: str
+) -> Row:
+    """Whether two runs rise over their second halves by more than is allowed, chance or apart."""
+    change, interval, apart = drift(*values)
+    what = f"{what}, over the second half {change:+.2f} ± {interval:.2f} {unit}"
+    what += f", the two runs up to {apart:.2f} {unit} apart{rest}"
+    is_bad = _has_drifted(change - allowed, interval, apart)
+    return row_of(PROMISE, what, [what if is_bad else None])
 
 
 def _run(epochs: int, core: int | None, folder: pathlib.Path) -> Samples | str:
