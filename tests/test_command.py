@@ -47,6 +47,7 @@ COLLECTS = """
 import gc, signal, sys, time
 from jepa_jax.command import errors_as_lines
 from jepa_jax.signals import stop_on_signals
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def callback(phase, info):
     gc.callbacks.remove(callback)
     signal.raise_signal(signal.{number})
