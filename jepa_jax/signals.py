@@ -5,12 +5,14 @@ import functools
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 from jepa_jax.errors import Interrupted
 
-_AGAIN_SECONDS = 0.05
+# Far more than a busy machine keeps a thread from leaving a function.
+_AGAIN_SECONDS = 0.5
 
 
 class StopRequest:
@@ -29,6 +31,13 @@ class StopRequest:
         raise Interrupted(self.message, signal_number)
 
 
+def _again(number: int, left: threading.Event) -> None:
+    """Sends a signal to the main thread, some time after the hook was left."""
+    left.wait()
+    time.sleep(_AGAIN_SECONDS)
+    signal.pthread_kill(threading.main_thread().ident, number)
+
+
 @contextlib.contextmanager
 def never_swallowed() -> Iterator[None]:
     """In the block a signal comes again whose exception landed where Python drops exceptions.
@@ -43,10 +52,9 @@ def never_swallowed() -> Iterator[None]:
         if isinstance(error, Interrupted | KeyboardInterrupt):
             number = getattr(error, "signal_number", signal.SIGINT)
             # Not from here: what the handler raises in this hook is dropped, too.
-            main = threading.main_thread().ident
-            again = threading.Timer(_AGAIN_SECONDS, signal.pthread_kill, (main, number))
-            again.daemon = True
-            again.start()
+            left = threading.Event()
+            threading.Thread(target=_again, args=(number, left), daemon=True).start()
+            left.set()
         else:
             previous(unraisable)
 
