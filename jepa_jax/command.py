@@ -81,7 +81,8 @@ def ends_at_once() -> Iterator[None]:
         raise
     finally:
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):  # a pipe that nobody reads any more
+            # A pipe that nobody reads any more; closed, or none at all.
+            with contextlib.suppress(OSError, ValueError, AttributeError):
                 stream.flush()
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:  # of a job in the background

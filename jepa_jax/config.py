@@ -193,6 +193,13 @@ def check_stored(path: pathlib.Path, stored: Any) -> None:
     sections = ("config", "custom", "dataset")
     if type(stored) is not dict or not all(type(stored.get(s)) is dict for s in sections):
         raise CheckpointError(f"{path} is not that of a run")
+    continued_in = stored.get("continued_in", [])
+    environments = [
+        stored.get("environment", {}),
+        *(continued_in if type(continued_in) is list else [0]),
+    ]
+    if not all(type(environment) is dict for environment in environments):
+        raise CheckpointError(f"{path} does not say under which conditions the run was")
     if stored.get("schema_version") != SCHEMA_VERSION:
         raise CheckpointError(f"{path} was written by another version of jepa_jax")
 

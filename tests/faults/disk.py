@@ -172,7 +172,7 @@ def _judged(outcome: tuple[str | None, str | None], digest: str | None) -> str |
 
 
 def _at_the_start(folder: pathlib.Path, data: pathlib.Path) -> Iterator[str | None]:
-    """Drives and users that may not write when a run begins: one line, exit code 2."""
+    """Drives that take nothing when a run begins: one line, exit code 2."""
     for name, disturb in _FAULTS.items():
         with _drive(folder / f"start {name}") as drive:
             undo = disturb(drive)
