@@ -27,7 +27,12 @@ def get_config() -> ConfigDict:
     config.data.batch_size = 3072  # 16 steps an epoch; the last incomplete batch is dropped
     config.data.num_workers = 16  # threads that decode streamed data; resident data needs none
     config.data.data_dir = ""  # new; empty: $EBJEPA_DSETS, $TFDS_DATA_DIR, tfds's default
-    config.data.placement = "auto"  # new; device, stream, or auto: device when it fits
+    config.data.placement = "auto"  # new; device, host, stream, or auto: device when it fits
+    config.data.image_size = 0  # new; images are resized and cut to this side; 0: as they are
+    config.data.train_split = "train"  # new; the split or folder to train on
+    config.data.unlabelled_split = ""  # new; another one to train on, whose labels are not used
+    config.data.test_split = ""  # new; empty: test, else validation or val
+    config.data.max_broken = 0.01  # new; share of images that may be unreadable
     config.data.view_size = 0  # new; side of the views in pixels; 0: that of the images
     config.data.num_views = 2  # new; of every image in a step: 2, 4 or 6
     config.data.num_train = 0  # new; so many of the training images, drawn once; 0: all
@@ -45,6 +50,8 @@ def get_config() -> ConfigDict:
     config.augment.grayscale_prob = 0.2  # new
     config.augment.solarize_prob = 0.1  # new
     config.augment.flip_prob = 0.5  # new
+    config.augment.blur_prob = 0.0  # new; of a Gaussian blur; 0.5 is usual from 96 pixels on
+    config.augment.blur_sigma = (0.1, 2.0)  # new; pixels, from and to
 
     config.model = ConfigDict()
     config.model.type = "resnet"
@@ -53,6 +60,7 @@ def get_config() -> ConfigDict:
     config.model.proj_output_dim = 4096  # the D of the loss
     config.model.stage_sizes = (2, 2, 2, 2)  # new; blocks per stage: ResNet-18
     config.model.width = 64  # new; channels of the first stage, 512 in the last
+    config.model.block = "basic"  # new; or bottleneck, as in ResNet-50
     config.model.stem_kernel = 3  # new; 7, with stride 2, padding 3 and stem_pool, is ImageNet's
     config.model.stem_stride = 1  # new; 2 makes every map four times smaller
     config.model.stem_padding = 2  # new; the reference's, 34x34 maps; the usual CIFAR stem has 1
@@ -82,6 +90,8 @@ def get_config() -> ConfigDict:
     config.training.use_amp = True  # False computes in float32
     config.training.dtype = "bfloat16"
     config.training.remat = False  # new; True computes activations twice and keeps few of them
+    config.training.microbatches = 1  # new; a batch goes through the network in so many pieces
+    config.training.shard_params = False  # new; True: devices share the optimiser's state
     config.training.scan_steps = 0  # new; steps of one compiled program; 0 chooses, 1 is a loop
     config.training.on_nan = "stop"  # new; back_off goes back and halves the rate, up to 3 times
     config.training.early_stop_epochs = 0  # new; stop after so many without a better val accuracy

@@ -92,7 +92,14 @@ _KEYS = {
     "data.batch_size": _between(2, 2**20),
     "data.num_workers": _between(1, 1024),
     "data.data_dir": _TEXT,
-    "data.placement": _one_of("auto", "device", "stream"),
+    "data.placement": _one_of("auto", "device", "host", "stream"),
+    "data.image_size": _Key(
+        int, "0, or at least 8 and at most 4,096", lambda value: value == 0 or 8 <= value <= 4096
+    ),
+    "data.train_split": _Key(str, "the name of a split", lambda value: value and _is_plain(value)),
+    "data.unlabelled_split": _TEXT,
+    "data.test_split": _TEXT,
+    "data.max_broken": _SHARE,
     "data.view_size": _Key(
         int, "0, or at least 8 and at most 4,096", lambda value: value == 0 or 8 <= value <= 4096
     ),
@@ -122,6 +129,12 @@ _KEYS = {
     "augment.grayscale_prob": _SHARE,
     "augment.solarize_prob": _SHARE,
     "augment.flip_prob": _SHARE,
+    "augment.blur_prob": _SHARE,
+    "augment.blur_sigma": _Key(
+        tuple,
+        "two numbers of pixels, 0 < from <= to <= 100",
+        lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 100,
+    ),
     "model.type": _one_of("resnet"),
     "model.use_projector": _FLAG,
     "model.proj_hidden_dim": _between(1, 2**18),
@@ -137,6 +150,7 @@ _KEYS = {
         ),
     ),
     "model.width": _between(1, 2**16),
+    "model.block": _one_of("basic", "bottleneck"),
     "model.stem_kernel": _Key(int, "3 or 7", lambda value: value in (3, 7)),
     "model.stem_stride": _Key(int, "1 or 2", lambda value: value in (1, 2)),
     "model.stem_padding": _Key(int, "1, 2 or 3", lambda value: value in (1, 2, 3)),
@@ -163,6 +177,8 @@ _KEYS = {
     "training.dtype": _one_of(*_DTYPES),
     "training.remat": _FLAG,
     "training.scan_steps": _at_least(0),
+    "training.microbatches": _between(1, 2**16),
+    "training.shard_params": _FLAG,
     "training.on_nan": _one_of("stop", "back_off"),
     "training.early_stop_epochs": _at_least(0),
     "logging.log_wandb": _FLAG,
@@ -185,6 +201,8 @@ _FREE_ON_RESUME = (
     "data.data_dir",
     "data.num_workers",
     "data.placement",
+    "data.max_broken",
+    "training.shard_params",
 )
 
 
@@ -412,6 +430,7 @@ def view_options(config: ConfigDict) -> dict[str, float | tuple[float, float]]:
     return {
         name: tuple(value) if isinstance(value, tuple | list) else float(value)
         for name, value in config.augment.items()
+        if not name.startswith("blur_")
     }
 
 
