@@ -112,6 +112,16 @@ def check_shapes(stored: Mapping[str, list[int]], template: Any) -> None:
 # --- the checkpoints of a run -----------------------------------------------------------------
 
 
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Of several processes this one reads and writes, without a word to the others."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
+    )
+
+
 class Checkpoints:
     """The checkpoints of one run, in `workdir/checkpoints`, one per step.
 
@@ -146,10 +156,18 @@ class Checkpoints:
             ),
             # Another process may be writing a run that is only read here.
             cleanup_tmp_directories=not read_only,
-            create=not read_only,
+            create=False,
+            multiprocessing_options=_alone(),
         )
+
+        def manager() -> ocp.CheckpointManager:
+            if not read_only:
+                # By orbax it would be for all processes of a run together.
+                self._folder.mkdir(parents=True, exist_ok=True)
+            return ocp.CheckpointManager(self._folder, options=options)
+
         return _read_or_one_line(
-            lambda: ocp.CheckpointManager(self._folder, options=options),
+            manager,
             CheckpointError,
             f"{self._folder} cannot be read",
         )
@@ -185,6 +203,7 @@ class Checkpoints:
         # A copy in depth: the run goes on counting while orbax writes.
         progress = json.loads(json.dumps(dict(progress)))
         kept = {_SELECTED_BY: metrics.get(_SELECTED_BY, _UNMEASURED)}
+        state = jax.device_get(state)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             progress=ocp.args.JsonSave(progress),
@@ -370,6 +389,22 @@ def _silence_closed_loops() -> None:
         sys.unraisablehook = hook
 
 
+class NoCheckpoints:
+    """`Checkpoints` of a process that neither reads nor writes any: another one does."""
+
+    def latest_step(self) -> None:
+        """See `Checkpoints`."""
+
+    def save(self, step: int, state: Any, progress: Any, metrics: Any) -> None:
+        """See `Checkpoints`."""
+
+    def wait(self) -> None:
+        """See `Checkpoints`."""
+
+    def close(self) -> None:
+        """See `Checkpoints`."""
+
+
 # --- trees of their own -----------------------------------------------------------------------
 
 
@@ -407,13 +442,16 @@ def save_tree(folder: pathlib.Path, tree: Any) -> None:
     Raises:
       NotSavedError: if it cannot be written.
     """
+    tree = jax.device_get(tree)
     args = ocp.args.Composite(
         state=ocp.args.StandardSave(tree),
         digests=ocp.args.JsonSave(_digests(tree, None, None)),
     )
 
     def write():
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        options = ocp.CompositeOptions(multiprocessing_options=_alone())
+        handler = ocp.CompositeCheckpointHandler(composite_options=options)
+        with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
             checkpointer.save(folder.absolute(), args=args, force=True)
 
     _read_or_one_line(write, NotSavedError, f"{folder} cannot be written")
@@ -428,10 +466,14 @@ def load_tree(folder: pathlib.Path) -> Any:
 
     def read():
         # Handlers, not Checkpointers, which warn of each part that it is no whole.
-        with contextlib.closing(ocp.JsonCheckpointHandler()) as handler:
+        with contextlib.closing(
+            ocp.JsonCheckpointHandler(multiprocessing_options=_alone())
+        ) as handler:
             args = ocp.args.JsonRestore()
             digests = _sound(handler.restore(folder.absolute() / _DIGESTS[0], args=args))
-        with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+        with contextlib.closing(
+            ocp.StandardCheckpointHandler(multiprocessing_options=_alone())
+        ) as handler:
             where = folder.absolute() / "state"
             metadata = handler.metadata(where).tree
             sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -32,3 +32,11 @@ class Interrupted(JepaError):
         super().__init__(message)
         self.signal_number = signal_number
         self.exit_code = 128 + signal_number
+
+
+class ElsewhereError(JepaError):
+    """What ended another process of this run, and with it this one; exits as that one does."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -8,16 +8,17 @@ import contextlib
 import dataclasses
 import functools
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jepa_jax import checkpoint
+from jepa_jax.distributed import Agreement, is_main, on_main
 from jepa_jax.divergence import what_is_bad
 from jepa_jax.errors import Interrupted, TrainingError
-from jepa_jax.metrics import MetricsWriter
+from jepa_jax.metrics import MetricsWriter, NoMetrics
 from jepa_jax.plan import Plan, clean_images, initial_state, starting_state, training_labels
 from jepa_jax.probes import accuracy
 from jepa_jax.profile import Profile
@@ -57,6 +58,7 @@ def train_step_of(plan: Plan) -> TrainStep:
         std=plan.encoder.std,
         loss_fn=plan.loss_fn,
         optimizer=plan.config.optim.name,
+        microbatches=plan.config.training.microbatches,
     )
 
 
@@ -72,6 +74,7 @@ def make_runner(plan: Plan, state: TrainState) -> Runner:
         batch_size=plan.config.data.batch_size,
         placement=plan.placement,
         scan_steps=plan.scan_steps,
+        layout=plan.layout,
     )
 
 
@@ -121,16 +124,18 @@ class _Loop:
     """What the epochs of one process share."""
 
     plan: Plan
+    runner: Runner
     progress: dict[str, Any]
-    checkpoints: checkpoint.Checkpoints
+    checkpoints: checkpoint.Checkpoints | checkpoint.NoCheckpoints
     session: Stopwatch
     clock: Stopwatch
     phases: Phases
-    writer: MetricsWriter
+    writer: MetricsWriter | NoMetrics
     bar: Progress
     stop: StopRequest
     profile: Profile
     untrained: dict[str, Any]
+    agreement: Agreement = dataclasses.field(default_factory=Agreement)
     has_stepped: bool = False
     saved_at: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -159,6 +164,10 @@ class _Loop:
         minutes = self.plan.config.logging.save_every_minutes
         return time.monotonic() - self.saved_at > 60 * minutes
 
+    def wishes(self) -> tuple[int, int]:
+        """What this process asks of all: the signal that it was sent, and whether to save."""
+        return self.stop.signal_number, self.is_save_due
+
     @functools.cached_property
     def watch(self) -> Watch:
         return make_watch(self.plan)
@@ -174,7 +183,7 @@ def _check_finite(loop: _Loop, metrics: dict[str, np.ndarray], first_step: int) 
         raise _Diverged(bad)
 
 
-def _train_epoch(loop: "_Loop", runner: Runner, state: TrainState) -> TrainState:
+def _train_epoch(loop: "_Loop", state: TrainState) -> TrainState:
     """Runs what is left of an epoch, adding up its metrics; returns early to stop or to save."""
     plan, progress, bar, clock = loop.plan, loop.progress, loop.bar, loop.clock
     order = plan.batches_of(progress["epoch"])[progress["count"] :]
@@ -201,14 +210,14 @@ def _train_epoch(loop: "_Loop", runner: Runner, state: TrainState) -> TrainState
     began = last = time.perf_counter()
     # The metrics of one piece are fetched while the next one runs: the device never waits.
     pending = None
-    with contextlib.closing(runner.run(state, order, loop.hparams)) as pieces:
+    with contextlib.closing(loop.runner.run(state, order, loop.hparams)) as pieces:
         for newest, metrics, count in pieces:
             state = newest
             if pending is not None:
                 collect(*pending)
             pending = (metrics, count)
             loop.profile.piece_done(state.step, count)
-            if loop.stop.signal_number or loop.is_save_due:
+            if any(loop.agreement.soon(*loop.wishes())):
                 break
     if pending is not None:
         collect(*pending)
@@ -218,7 +227,27 @@ def _train_epoch(loop: "_Loop", runner: Runner, state: TrainState) -> TrainState
 
 
 def _finish_epoch(loop: "_Loop", state: TrainState) -> dict[str, Any]:
-    """Evaluates, writes the epoch's row, and turns the progress to the next epoch."""
+    """Evaluates, writes the epoch's row, and turns the progress to the next epoch.
+
+    Process 0 does, and all go by what it found.
+
+    Args:
+      state: whole, on one device.
+    """
+    row: dict[str, Any] = {}
+
+    def finish() -> dict[str, Any]:
+        row.update(_measured_epoch(loop, state))
+        return {"progress": loop.progress, "collapse": row["watch/collapse"]}
+
+    found = on_main(finish)
+    loop.progress.update(found["progress"])
+    # The last sum of an epoch is gone with it.
+    loop.progress.pop("last_lr", None)
+    return {**row, "watch/collapse": found["collapse"]}
+
+
+def _measured_epoch(loop: "_Loop", state: TrainState) -> dict[str, Any]:
     plan, progress, clock = loop.plan, loop.progress, loop.clock
     means = {name: total / progress["count"] for name, total in progress["sums"].items()}
     means["lr"] = progress.pop("last_lr")
@@ -309,51 +338,77 @@ def train(
     say(f"{'compiling':<10}the training step")
     with phases("compile"):
         runner = make_runner(plan, state)
-    config = plan.config
+    state, config = runner.place(state), plan.config
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(
             stop_on_signals("interrupted; the same command goes on from the last checkpoint")
         )
-        writer = MetricsWriter(
-            plan.workdir,
-            step=int(state.step),
-            run_id=progress["run_id"],
-            config=config.to_dict(),
-            wandb=config.logging.log_wandb,
-            tensorboard=config.logging.log_tensorboard,
-        )
+        writer = on_main(lambda: _make_writer(plan, int(state.step), progress), share=False)
+        writer = writer or NoMetrics()
         stack.callback(writer.close)
-        silent = config.logging.tqdm_silent
+        silent = config.logging.tqdm_silent or not is_main()
         bar = Progress(int(state.step), plan.num_steps, config.data.batch_size, silent=silent)
         stack.callback(bar.close)
         clock = Stopwatch(progress["train_seconds"])
-        trace = Profile(plan.workdir / "profile" if profile else None)
+        trace = Profile(plan.workdir / "profile" if profile and is_main() else None)
         stack.callback(trace.close)
         loop = _Loop(
-            plan, progress, checkpoints, session, clock, phases, writer, bar, stop, trace, untrained
+            plan,
+            runner,
+            progress,
+            checkpoints,
+            session,
+            clock,
+            phases,
+            writer,
+            bar,
+            stop,
+            trace,
+            untrained,
         )
         stop.deferring = True
-        while not is_over(plan, progress):
-            try:
-                state = _train_epoch(loop, runner, state)
-            except _Diverged as error:
-                state = _back_off(loop, error)
-                continue
-            row: dict[str, Any] = {}
-            if progress["count"] == plan.steps_of(progress["epoch"]):
-                row = _finish_epoch(loop, state)
-            collapsed = config.logging.stop_on_collapse and row.get("watch/collapse")
-            due = bool(row) and progress["epoch"] % config.logging.save_every == 0
-            has_to_end = stop.signal_number or collapsed or is_over(plan, progress)
-            if due or has_to_end or loop.is_save_due:
-                _save(loop, state, row)
-            if stop.signal_number or collapsed:
-                _stop_early(loop, int(state.step), collapsed)
+        here = _all_epochs(loop, state)
         _wait_for_save(loop)
         stop.deferring = False
-        if stop.signal_number:  # during that save
-            _stop_early(loop, int(state.step), None)
-    return state, progress
+        if signal_number := loop.agreement.now(*loop.wishes())[0]:  # during that save
+            _stop_early(loop, int(here.step), signal_number, None)
+    return here, progress
+
+
+def _make_writer(plan: Plan, step: int, progress: dict[str, Any]) -> MetricsWriter:
+    logging = plan.config.logging
+    return MetricsWriter(
+        plan.workdir,
+        step=step,
+        run_id=progress["run_id"],
+        config=plan.config.to_dict(),
+        wandb=logging.log_wandb,
+        tensorboard=logging.log_tensorboard,
+    )
+
+
+def _all_epochs(loop: "_Loop", state: TrainState) -> TrainState:
+    """The epochs that are left; the state after them, whole and on one device."""
+    plan, progress, logging = loop.plan, loop.progress, loop.plan.config.logging
+    here = loop.runner.here(state)
+    while not is_over(plan, progress):
+        try:
+            state = _train_epoch(loop, state)
+        except _Diverged as error:
+            state = loop.runner.place(_back_off(loop, error))
+            continue
+        here = loop.runner.here(state)
+        row: dict[str, Any] = {}
+        if progress["count"] == plan.steps_of(progress["epoch"]):
+            row = _finish_epoch(loop, here)
+        signal_number, save_is_due = loop.agreement.now(*loop.wishes())
+        collapsed = logging.stop_on_collapse and row.get("watch/collapse")
+        due = bool(row) and progress["epoch"] % logging.save_every == 0
+        if due or save_is_due or signal_number or collapsed or is_over(plan, progress):
+            _save(loop, here, row)
+        if signal_number or collapsed:
+            _stop_early(loop, int(here.step), signal_number, collapsed)
+    return here
 
 
 # --- what ends them early -----------------------------------------------------------------------
@@ -419,21 +474,21 @@ def _back_off(loop: _Loop, error: _Diverged) -> TrainState:
     return state
 
 
-def _stop_early(loop: _Loop, step: int, collapsed: str | bool | None) -> None:
+def _stop_early(
+    loop: _Loop, step: int, signal_number: int, collapsed: str | bool | None
+) -> NoReturn:
     """Raises, once what has been saved is whole."""
     _wait_for_save(loop)
     plan = loop.plan
-    if loop.stop.signal_number:
-        is_saved = loop.checkpoints.latest_step() == step
-        how = (
-            f"saved it in {plan.workdir}" if is_saved else f"could not save it: {_on_record(loop)}"
-        )
-        raise Interrupted(
-            f"stopped at step {step} of {plan.num_steps} and {how}; the same command goes on from "
-            "there",
-            loop.stop.signal_number,
-        )
-    raise TrainingError(collapsed_text(plan, collapsed, step))
+    is_saved = on_main(lambda: loop.checkpoints.latest_step() == step)
+    if not signal_number:
+        raise TrainingError(collapsed_text(plan, collapsed, step))
+    how = f"saved it in {plan.workdir}" if is_saved else f"could not save it: {_on_record(loop)}"
+    raise Interrupted(
+        f"stopped at step {step} of {plan.num_steps} and {how}; the same command goes on from "
+        "there",
+        signal_number,
+    )
 
 
 def collapsed_text(plan: Plan, kind: str, step: int) -> str:

@@ -31,6 +31,11 @@ _BUDGET = flags.DEFINE_string(
     "",
     "Time for all of it up to the summary, as 90s, 10m or 1h30m: chooses config.optim.epochs.",
 )
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "Of several processes: address and free port of process 0, as host:1234."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
 _INIT_FROM = flags.DEFINE_string("init_from", "", "Another run's folder, to start from.")
 
 
@@ -58,37 +63,43 @@ def _main(argv: Sequence[str]) -> None:
     given = config_flags.parsed_config(flags.FLAGS)
     config = given.config
     with errors_as_lines("interrupted; the same command goes on from the last checkpoint"):
-        from jepa_jax import device
+        from jepa_jax import device, distributed
         from jepa_jax.config import validate
         from jepa_jax.paths import home_expanded
         from jepa_jax.train import train_and_evaluate
 
         validate(config)
+        distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         device.select(config.meta.device)
-        config_flags.fit_to_device(given)
-        workdir = home_expanded(_WORKDIR.value or _default_workdir(given))
-        dataset = None
-        if _BUDGET.value:
-            config, dataset = _fitted(given, workdir, began)
-        train_and_evaluate(
-            config,
-            workdir,
-            dataset=dataset,
-            init_from=_INIT_FROM.value,
-            profile=_PROFILE.value,
-        )
-        if _REPORT.value:
-            _write_report(workdir)
+        with distributed.one_of_many():
+            config_flags.fit_to_device(given)
+            workdir = home_expanded(_WORKDIR.value or _default_workdir(given))
+            dataset = None
+            if _BUDGET.value:
+                config, dataset = _fitted(given, workdir, began)
+            train_and_evaluate(
+                config,
+                workdir,
+                dataset=dataset,
+                init_from=_INIT_FROM.value,
+                profile=_PROFILE.value,
+            )
+            if _REPORT.value:
+                distributed.on_main(lambda: _write_report(workdir))
 
 
 def _fitted(given: config_flags.GivenConfig, workdir: pathlib.Path, began: float):
     """The config for --budget, and the dataset that was read to measure its pace."""
+    import jax
+
     from jepa_jax.pace import fit_to_budget
     from jepa_jax.progress import seconds_of
 
     seconds = seconds_of(_BUDGET.value)
     if "optim.epochs" in given.overrides:
         raise ConfigError("--budget chooses config.optim.epochs: give one of them")
+    if jax.process_count() > 1:
+        raise ConfigError("--budget is for one process: of several, give config.optim.epochs")
     spent = time.perf_counter() - began
     return fit_to_budget(given.config, workdir, seconds, spent=spent, init_from=_INIT_FROM.value)
 

@@ -148,6 +148,19 @@ class MetricsWriter:
             self._tensorboard.close()
 
 
+class NoMetrics:
+    """`MetricsWriter` of a process that writes nothing: another one does."""
+
+    def write(self, row: Row) -> None:
+        """See `MetricsWriter`."""
+
+    def go_back(self, step: int) -> None:
+        """See `MetricsWriter`."""
+
+    def close(self) -> None:
+        """See `MetricsWriter`."""
+
+
 def _finite(value: Any) -> Any:
     """The value with null for numbers that are not finite, which JSON does not know."""
     if isinstance(value, Mapping):

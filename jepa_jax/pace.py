@@ -48,7 +48,8 @@ class Pace:
 
     def __init__(self, plan: Plan):
         state = initial_state(plan)
-        self._runner, self._state = make_runner(plan, state), state
+        self._runner = make_runner(plan, state)
+        self._state = self._runner.place(state)
         self._order, self._steps_per_epoch = plan.batches_of(0), plan.steps_per_epoch
         self._position = 0
         self._run(self._runner.piece)  # the first call is slower than all others
@@ -172,7 +173,7 @@ def fit_to_budget(
     def measure() -> tuple[Cost, int]:
         began = time.perf_counter()
         say(f"{'measuring':<10}how fast this run trains, for its budget")
-        plan = make_plan(config, workdir, None, None, None, None, init_from)
+        plan = make_plan(config, workdir, None, None, None, None, init_from, jax.devices())
         found["dataset"] = plan.dataset
         pace = Pace(plan)
         epoch = statistics.median(pace.epoch_seconds() for _ in range(_NUM_TURNS))

@@ -30,6 +30,7 @@ from jepa_jax.config import (
     view_options,
 )
 from jepa_jax.data import Dataset, Records, choose_placement, epoch_order, load_dataset
+from jepa_jax.distributed import Layout, arrays_from_main, check_batch, on_main
 from jepa_jax.environment import describe_environment
 from jepa_jax.errors import CheckpointError, ConfigError
 from jepa_jax.evaluation import has_labels
@@ -97,6 +98,7 @@ class Plan:
     loss_fn: LossFn
     init_from: str
     custom: dict[str, str]
+    layout: Layout
 
     @property
     def num_steps(self) -> int:
@@ -243,8 +245,13 @@ def load_fitting(
     return load(False) if placement == "device" else records
 
 
-def make_plan(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from) -> Plan:
+def make_plan(
+    config, workdir, dataset, loss_fn, encoder, augment_fn, init_from, devices=None
+) -> Plan:
     """What `train_and_evaluate` was called with, checked against the data and filled in.
+
+    Args:
+      devices: that share every batch; the first local one alone if None.
 
     Raises:
       ConfigError: for sizes that do not go together.
@@ -262,6 +269,8 @@ def make_plan(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from)
     else:
         dataset = dataset.with_num_train(config.data.num_train)
     _check_sizes(config, dataset)
+    devices = devices or jax.local_devices()[:1]
+    check_batch(config.data.batch_size, len(devices), config.training.microbatches)
     placement = choose_placement(config.data.placement, dataset.train_images.nbytes)
     scan_steps = config.training.scan_steps
     if placement == "stream":
@@ -305,6 +314,7 @@ def make_plan(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from)
         loss_fn=loss_fn or functools.partial(vicreg, num_pairs=config.data.num_views // 2),
         init_from=init_from or "",
         custom={name: _name_of(thing) for name, thing in given.items() if thing is not None},
+        layout=Layout(devices, config.training.shard_params),
     )
 
 
@@ -457,14 +467,29 @@ def store_where_it_goes_on(workdir: pathlib.Path) -> None:
         say(f"{'note':<10}the run goes on under other conditions: {'; '.join(changed)}")
 
 
-def starting_state(plan: Plan, checkpoints: checkpoint.Checkpoints, state: TrainState):
-    """(state, progress): from the newest sound checkpoint, another run's parameters, or fresh."""
-    if found := checkpoints.restore_latest(state):
-        _, state, stored = found
-        return state, {**new_progress(), **stored}
-    if plan.init_from:
-        state = _with_parameters_of(plan, state)
-    return state, new_progress()
+def starting_state(plan: Plan, checkpoints: Any, state: TrainState):
+    """(state, progress): from the newest sound checkpoint, another run's parameters, or fresh.
+
+    Read by process 0, and the same in all.
+
+    Args:
+      checkpoints: of `checkpoint.Checkpoints`, in process 0.
+      state: a fresh one.
+    """
+    kept = {"state": state}
+
+    def read() -> dict[str, Any]:
+        if found := checkpoints.restore_latest(state):
+            _, kept["state"], stored = found
+            return {**new_progress(), **stored}
+        if plan.init_from:
+            kept["state"] = _with_parameters_of(plan, state)
+        return new_progress()
+
+    progress = on_main(read)
+    if jax.process_count() > 1:
+        kept["state"] = jax.device_put(arrays_from_main(kept["state"]), jax.local_devices()[0])
+    return kept["state"], progress
 
 
 def _with_parameters_of(plan: Plan, state: TrainState) -> TrainState:

@@ -42,10 +42,25 @@ def seconds_of(text: str) -> float:
     return total
 
 
+_is_quiet = False
+
+
 def say(text: str) -> None:
     """Prints a line above any progress bar, at once."""
-    tqdm.tqdm.write(text)
-    sys.stdout.flush()
+    if not _is_quiet:
+        tqdm.tqdm.write(text)
+        sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def quiet(is_quiet: bool) -> Iterator[None]:
+    """In the block nothing is said if `is_quiet`: of several processes one speaks."""
+    global _is_quiet
+    before, _is_quiet = _is_quiet, _is_quiet or is_quiet
+    try:
+        yield
+    finally:
+        _is_quiet = before
 
 
 class Progress:

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from jepa_jax import checkpoint, device, loop
 from jepa_jax.config import SCHEMA_VERSION, compute_dtype, validate
 from jepa_jax.data import Dataset
+from jepa_jax.distributed import Layout, is_main, on_main
 from jepa_jax.errors import ConfigError, TrainingError
 from jepa_jax.evaluation import evaluate_representation, with_online_probe
 from jepa_jax.lock import only_process_in
@@ -35,7 +36,7 @@ from jepa_jax.plan import (
     starting_state,
     store_where_it_goes_on,
 )
-from jepa_jax.progress import Phases, Stopwatch, print_summary, say
+from jepa_jax.progress import Phases, Stopwatch, print_summary, quiet, say
 from jepa_jax.representation import reestimate_batch_stats
 from jepa_jax.train_step import LossFn, TrainState
 from jepa_jax.watch import loss_balance
@@ -139,7 +140,7 @@ def _print_header(plan: Plan, state: TrainState, progress: dict[str, Any]) -> No
     if "loss_fn" not in plan.custom:
         weights, warning = loss_balance(plan.embedding_dim, **plan.loss_weights)
     lines = {
-        "device": device.describe(),
+        "device": _described(plan.layout),
         "data": f"{dataset.name}, {len(dataset.train_images)} training images of {height}x{width}, "
         f"{num_test} test images, {place}",
         "model": f"{plan.custom.get('encoder', config.model.type)}, {parameters:,} parameters, "
@@ -162,6 +163,16 @@ def _print_header(plan: Plan, state: TrainState, progress: dict[str, Any]) -> No
         say(f"{name:<10}{text}")
     if warning:
         say(f"{'warning':<10}{warning}")
+
+
+def _described(layout: Layout) -> str:
+    """The devices in words, as '2 processes with 8 NVIDIA H100 (gpu) in all'."""
+    if layout.is_single:
+        return device.describe()
+    processes = f"{jax.process_count()} processes with " if jax.process_count() > 1 else ""
+    kind = f"{layout.devices[0].device_kind} ({layout.devices[0].platform})"
+    in_all = " in all" if processes else ""
+    return f"{processes}{len(layout.devices)} devices{in_all}, {kind}"
 
 
 # --- the whole ---------------------------------------------------------------------------------
@@ -221,21 +232,33 @@ def train_and_evaluate(
       Interrupted: on SIGINT or SIGTERM, after saving.
     """
     validate(config)
-    workdir = prepare_workdir(workdir)
-    with only_process_in(workdir):
-        return _run(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from, profile)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet(not is_main()))
+
+        def claim() -> str:
+            own = prepare_workdir(workdir)
+            stack.enter_context(only_process_in(own))
+            return str(own)
+
+        own = pathlib.Path(on_main(claim))
+        return _run(config, own, dataset, loss_fn, encoder, augment_fn, init_from, profile)
 
 
 def _run(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from, profile) -> TrainState:
-    """`train_and_evaluate`, in a folder that is this process's own."""
+    """`train_and_evaluate`, in a folder that is this run's own."""
     session, phases = Stopwatch(), Phases()
     session.start()
     with phases("setup"):
-        plan = make_plan(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from)
-    with contextlib.closing(checkpoint.Checkpoints(workdir)) as checkpoints:
+        plan = make_plan(
+            config, workdir, dataset, loss_fn, encoder, augment_fn, init_from, jax.devices()
+        )
+
+    def opened():
+        return checkpoint.Checkpoints(workdir)
+
+    with contextlib.closing(on_main(opened, share=False) or checkpoint.NoCheckpoints()) as kept:
         with phases("setup"):
-            is_resumed = checkpoints.latest_step() is not None
-            claim_workdir(plan, is_resumed)
+            is_resumed = on_main(lambda: _claimed(plan, kept))
         with phases("compile"):
             # Thrown away: the next phase is on the run's clock, and compiling is not.
             jax.block_until_ready(initial_state(plan))
@@ -243,8 +266,8 @@ def _run(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from, prof
             state = jax.block_until_ready(initial_state(plan))
         with phases("setup"):
             untrained = jax.device_get(variables_of(state))
-            state, progress = starting_state(plan, checkpoints, state)
-            if is_resumed and not (workdir / "summary.json").exists():
+            state, progress = starting_state(plan, kept, state)
+            if is_main() and is_resumed and not (workdir / "summary.json").exists():
                 store_where_it_goes_on(workdir)
         session.add(progress["total_seconds"])
         phases.add(progress["phases"])
@@ -253,13 +276,27 @@ def _run(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from, prof
             raise TrainingError(collapsed_text(plan, progress["collapse"], int(state.step)))
         if not is_over(plan, progress):
             state, progress = loop.train(
-                plan, state, untrained, progress, checkpoints, session, phases, profile
+                plan, state, untrained, progress, kept, session, phases, profile
             )
-    summary_path = workdir / "summary.json"
-    if summary_path.exists():
-        summary = read_json(summary_path)
-        say("this run is finished; another --workdir starts a new one")
-    else:
-        summary = _evaluate_final(plan, state, untrained, progress, session, phases)
-    print_summary(summary, workdir)
+
+    def finish() -> None:
+        print_summary(_summary(plan, state, untrained, progress, session, phases), workdir)
+
+    on_main(finish)
     return state
+
+
+def _claimed(plan: Plan, checkpoints: checkpoint.Checkpoints) -> bool:
+    """Whether the run goes on, once its folder says what it is."""
+    is_resumed = checkpoints.latest_step() is not None
+    claim_workdir(plan, is_resumed)
+    return is_resumed
+
+
+def _summary(plan, state, untrained, progress, session, phases) -> dict[str, Any]:
+    """That on record, or of an evaluation now."""
+    path = plan.workdir / "summary.json"
+    if path.exists():
+        say("this run is finished; another --workdir starts a new one")
+        return read_json(path)
+    return _evaluate_final(plan, state, untrained, progress, session, phases)

@@ -5,6 +5,7 @@ run draws what the uninterrupted one would have drawn, and a new stream moves no
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -230,6 +231,78 @@ def _fault(views: list[jax.Array], grad_squares: list[jax.Array], params: Any) -
     return jnp.where(is_everywhere, len(flags) + 1, first).astype(jnp.float32)
 
 
+def _grads(model: ModelFns, params, batch_stats, views, score):
+    """(loss, terms), h of the first views, new batch statistics, and the parameters' gradient.
+
+    Args:
+      score: (z1, z2) -> (loss, terms).
+    """
+
+    def loss_and_aux(params):
+        with jax.named_scope("model"):
+            variables = {"params": params, "batch_stats": batch_stats}
+            (h1, z1), stats = model.apply(variables, views[0], True)
+            (_, z2), stats = model.apply({**variables, "batch_stats": stats}, views[1], True)
+        loss, terms = score(z1, z2)
+        return loss, (terms, h1, stats)
+
+    (loss, (terms, h, stats)), grads = jax.value_and_grad(loss_and_aux, has_aux=True)(params)
+    return (loss, terms), h, stats, grads
+
+
+def _grads_by_pieces(model: ModelFns, params, batch_stats, views, score, *, num_pieces: int):
+    """`_grads` with the activations of one piece of one view in memory at a time.
+
+    The gradient of the loss by the embeddings needs no activations: a first pass embeds every
+    piece, the loss sees the whole batch, and a second pass takes its gradient back through one
+    piece after the other (GradCache, arXiv 2101.06983): every term of the loss is that of the whole
+    batch. For an encoder without batch statistics the result is that of `_grads`. BatchNorm
+    normalises each piece by the moments of its own B / num_pieces images, and the running
+    statistics move by the mean of these. The price is a second forward pass.
+
+    Piece i has rows i, i + num_pieces, ...: of every device's part of the batch the same share.
+    """
+    # On a CPU a convolution inside a loop of XLA's takes a path some 60 times slower.
+    scan = functools.partial(
+        jax.lax.scan, unroll=num_pieces if jax.default_backend() == "cpu" else 1
+    )
+
+    def split(rows):
+        return jnp.moveaxis(rows.reshape(-1, num_pieces, *rows.shape[1:]), 1, 0)
+
+    def merge(pieces):
+        return jnp.moveaxis(pieces, 0, 1).reshape(-1, *pieces.shape[2:])
+
+    def embed(params, batch_stats, piece):
+        with jax.named_scope("model"):
+            return model.apply({"params": params, "batch_stats": batch_stats}, piece, True)
+
+    def embed_all(batch_stats, view):
+        def body(total, piece):
+            outputs, stats = embed(params, batch_stats, piece)
+            return jax.tree.map(jnp.add, total, stats), outputs
+
+        zeros = jax.tree.map(jnp.zeros_like, batch_stats)
+        total, outputs = scan(body, zeros, split(view))
+        return jax.tree.map(merge, outputs), jax.tree.map(lambda t: t / num_pieces, total)
+
+    def add_grads(grads, view, pulls):
+        def body(grads, pieces):
+            piece, pull = pieces
+            _, back = jax.vjp(lambda p: embed(p, batch_stats, piece)[0][1], params)
+            return jax.tree.map(jnp.add, grads, back(pull)[0]), None
+
+        return scan(body, grads, (split(view), split(pulls)))[0]
+
+    (h, z1), stats = embed_all(batch_stats, views[0])
+    (_, z2), stats = embed_all(stats, views[1])
+    (loss, terms), pulls = jax.value_and_grad(score, argnums=(0, 1), has_aux=True)(z1, z2)
+    grads = jax.tree.map(jnp.zeros_like, params)
+    for view, pull in zip(views, pulls, strict=True):
+        grads = add_grads(grads, view, pull)
+    return (loss, terms), h, stats, grads
+
+
 def make_train_step(
     model: ModelFns,
     *,
@@ -238,6 +311,7 @@ def make_train_step(
     std: tuple[float, ...],
     loss_fn: LossFn = vicreg,
     optimizer: str = "lars",
+    microbatches: int = 1,
 ) -> TrainStep:
     """The step `(state, images, labels, hparams) -> (state, metrics)`, pure and not yet jitted.
 
@@ -252,6 +326,8 @@ def make_train_step(
       mean, std: the normalisation of every view.
       loss_fn: (key, z1, z2, hparams) -> (loss, terms), scalars all.
       optimizer: a name of `optim.OPTIMIZERS`.
+      microbatches: pieces in which the views go through the network, one after the other, for
+        batches whose activations do not fit; a divisor of B. See `_grads_by_pieces`.
 
     Returns:
       a function of images uint8 [B, H, W, C] and int32 labels [B], -1 for no label. Metrics are
@@ -259,18 +335,18 @@ def make_train_step(
       as long as views, gradients and parameters are finite (see `fault_places`).
     """
 
-    def loss_and_aux(params, batch_stats, views, loss_key, hparams):
-        with jax.named_scope("model"):
-            (h1, z1), batch_stats = model.apply(
-                {"params": params, "batch_stats": batch_stats}, views[0], True
-            )
-            (_, z2), batch_stats = model.apply(
-                {"params": params, "batch_stats": batch_stats}, views[1], True
-            )
-        with jax.named_scope("loss"):
-            loss, terms = loss_fn(loss_key, z1, z2, hparams)
-        _check_scalars(loss, terms)
-        return loss, (terms, h1, batch_stats)
+    grads_of = _grads
+    if microbatches > 1:
+        grads_of = functools.partial(_grads_by_pieces, num_pieces=microbatches)
+
+    def scored(loss_key, hparams):
+        def score(z1, z2):
+            with jax.named_scope("loss"):
+                loss, terms = loss_fn(loss_key, z1, z2, hparams)
+            _check_scalars(loss, terms)
+            return loss, terms
+
+        return score
 
     def train_step(state, images, labels, hparams):
         with jax.named_scope("augment"):
@@ -278,8 +354,8 @@ def make_train_step(
             views = augment_fn(views_key, images, **hparams.augment)
             views = [normalize(view, mean, std) for view in views]
         loss_key = stream_key(hparams.seed, "loss", state.step)
-        (loss, (terms, h, batch_stats)), grads = jax.value_and_grad(loss_and_aux, has_aux=True)(
-            state.params, state.batch_stats, views, loss_key, hparams
+        (loss, terms), h, batch_stats, grads = grads_of(
+            model, state.params, state.batch_stats, views, scored(loss_key, hparams)
         )
         _check_rows(views, h, len(images))
         with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):

@@ -17,11 +17,12 @@ PACKAGE = pathlib.Path(jepa_jax.__file__).parent
 FLOORS = (
     {"errors"},
     {"augment", "health", "losses", "optim", "probes"}
-    | {"device", "lock", "paths", "progress", "signals"},
+    | {"device", "last_words", "lock", "paths", "progress", "signals"},
     {
         "checkpoint",
         "command",
         "data",
+        "distributed",
         "environment",
         "metrics",
         "models",

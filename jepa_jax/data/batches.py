@@ -4,7 +4,7 @@ import contextlib
 import functools
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import jax
@@ -83,6 +83,7 @@ def stream_batches(
     indices: np.ndarray | jax.Array,
     *,
     prefetch: int = 2,
+    put: Callable[[np.ndarray], jax.Array] = jax.device_put,
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
     """The batches that `take` would give, gathered on the host by a thread that runs ahead.
 
@@ -91,6 +92,7 @@ def stream_batches(
       labels: int32 [N], or None.
       indices: int [S, B] in [0, N), one row a batch.
       prefetch: batches that may wait on the device.
+      put: brings the images of a batch, and its labels, to the device or the devices.
 
     Yields:
       Images [B, H, W, 3] and labels [B] on the device; without labels these are -1.
@@ -109,7 +111,7 @@ def stream_batches(
                 if closed.is_set():
                     return
                 targets = np.full(len(row), -1, np.int32) if labels is None else labels[row]
-                ready.put((jax.device_put(images[row]), jax.device_put(targets)))
+                ready.put((put(images[row]), put(targets)))
             ready.put(None)
         except BaseException as error:
             ready.put(error)
