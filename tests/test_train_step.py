@@ -667,3 +667,66 @@ def test_a_profile_can_tell_the_parts_of_a_step_apart(batch):
     text = jax.jit(new_step(RESNET)).lower(state, *batch, hparams).as_text(debug_info=True)
     for scope in ("augment", "encoder", "projector", "loss", "optimizer", "probe"):
         assert re.search(rf'"[^"]*\b{scope}\b[^"]*"', text), scope
+
+
+# --- microbatches -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_pairs", [1, 2])
+def test_microbatches_change_nothing_of_an_encoder_without_batch_statistics(batch, num_pairs):
+    def views(key, images):
+        return dimmed(key, jnp.concatenate([images] * num_pairs))
+
+    hparams = some_hparams()
+    options = {"augment_fn": views, "loss_fn": functools.partial(vicreg, num_pairs=num_pairs)}
+    states, metrics = [], []
+    for microbatches in (1, 4):
+        step = jax.jit(new_step(DENSE, microbatches=microbatches, **options))
+        state = new_state(DENSE, hparams)
+        for _ in range(3):
+            state, found = step(state, *batch, hparams)
+        states.append(state)
+        metrics.append(found)
+    assert_trees_close(states[1], states[0])
+    assert_trees_close(metrics[1], metrics[0])
+
+
+def test_microbatches_normalise_by_their_own_moments_and_the_loss_sees_the_whole_batch(batch):
+    """Against a step written out: every piece by itself, one loss over all of them."""
+    hparams, num_pieces = some_hparams(), 4
+    state = new_state(RESNET, hparams)
+    found, metrics = jax.jit(new_step(RESNET, microbatches=num_pieces))(state, *batch, hparams)
+
+    views = dimmed(stream_key(hparams.seed, "views", state.step), batch[0])
+    views = [jnp.asarray(normalised(view)) for view in views]
+    kept = {"batch_stats": state.batch_stats}
+
+    def embedded(params, view, stats):
+        rows = [slice(piece, None, num_pieces) for piece in range(num_pieces)]
+        given = {"params": params, "batch_stats": stats}
+        parts = [RESNET.apply(given, view[row], True) for row in rows]
+        z = jnp.zeros((BATCH, 5))
+        for row, ((_, part), _) in zip(rows, parts, strict=True):
+            z = z.at[row].set(part)
+        stats = jax.tree.map(lambda *moved: sum(moved) / num_pieces, *(s for _, s in parts))
+        return z, stats
+
+    def loss_of(params):
+        z1, stats = embedded(params, views[0], kept["batch_stats"])
+        z2, stats = embedded(params, views[1], stats)
+        return vicreg(None, z1, z2, hparams)[0], stats
+
+    (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
+    assert_trees_close(found.batch_stats, stats)
+
+
+def test_microbatches_of_a_network_with_batchnorm_are_another_step(batch):
+    hparams = some_hparams()
+    state = new_state(RESNET, hparams)
+    losses = [
+        float(jax.jit(new_step(RESNET, microbatches=n))(state, *batch, hparams)[1]["loss"])
+        for n in (1, 4)
+    ]
+    assert abs(losses[1] - losses[0]) > 1e-3

@@ -1,0 +1,296 @@
+"""Laws of several devices and processes: what is learnt does not depend on how many there are."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from test_main import write_cifar10
+from tiny import FLAGS
+
+from jepa_jax import distributed, last_words
+from jepa_jax.errors import ConfigError
+from jepa_jax.metrics import read_metrics
+
+HERE = pathlib.Path(__file__).parent
+FIXTURE = HERE / "fixtures" / "cifar10_small.npz"
+ROOT = HERE.parent
+
+
+# --- devices ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def on_devices():
+    """What training on one and on eight virtual devices saw."""
+    child = subprocess.run(
+        [sys.executable, str(HERE / "devices_child.py"), str(FIXTURE)],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{HERE}"},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout)
+
+
+@pytest.mark.parametrize("how", ["resident", "streamed", "shared state", "scanned"])
+def test_eight_devices_learn_what_one_does(on_devices, how):
+    one, eight = on_devices["one device"], on_devices[how]
+    assert len(eight["losses"]) == eight["step"] == 20
+    np.testing.assert_allclose(eight["losses"], one["losses"], rtol=1e-5)
+    assert one["losses"][0] - one["losses"][-1] > 0.01  # it did learn: a constant is always equal
+
+
+def test_every_device_does_its_share(on_devices):
+    for how in ("resident", "streamed", "shared state", "scanned"):
+        assert on_devices[how]["flops"] < 1.1 / 8 * on_devices["one device"]["flops"], how
+
+
+def test_the_views_are_the_same_bits_however_a_batch_is_divided(on_devices):
+    assert on_devices["views"] == {"are_equal": True, "num_shards": 8}
+
+
+def test_shard_params_divides_the_optimisers_state(on_devices):
+    shared, copied = on_devices["shared state"], on_devices["resident"]
+    assert copied["bytes"] == copied["all_bytes"] == shared["all_bytes"]
+    # Some vectors have no eight equal parts.
+    assert shared["bytes"] < shared["all_bytes"] / 6
+
+
+@pytest.mark.parametrize("how", ["one device", "resident", "shared state"])
+def test_a_state_is_brought_together_on_one_device(on_devices, how):
+    assert on_devices[how]["is_one_device"]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "devices", "microbatches", "message"),
+    [
+        (100, 8, 1, r"batch_size \(100\) .* 8 devices: 96 or 104 would"),
+        (96, 8, 5, "8 devices and 5 microbatches: 80 or 120 would"),
+        (3, 1, 4, "1 device and 4 microbatches: 4 would"),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_refused(batch_size, devices, microbatches, message):
+    with pytest.raises(ConfigError, match=message):
+        distributed.check_batch(batch_size, devices, microbatches)
+    distributed.check_batch(batch_size, 1)
+
+
+# --- joining ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("host:1", None, None), "go together"),
+        (("", 2, 0), "go together"),
+        (("host", 2, 0), "host:port"),
+        (("host:1", 2, 2), r"in \[0, --num_processes\), got 2 of 2"),
+        (("host:1", 2, -1), "got -1 of 2"),
+    ],
+)
+def test_half_an_address_is_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        distributed.initialize(*arguments)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"SLURM_STEP_NUM_TASKS": "1"}, {"OMPI_COMM_WORLD_SIZE": "1"}, {"SLURM_NTASKS": "4"}],
+)
+def test_a_process_of_its_own_joins_nothing(monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    distributed.initialize()
+    distributed.initialize("host:1", 1, 0)
+    assert distributed.is_main()
+
+
+def test_a_launcher_without_the_rest_of_its_environment_is_one_line(monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="did not come together"):
+        distributed.initialize()
+
+
+# What jaxlib 0.10.2 and 0.11.2 wrote when a process was killed, shortened.
+_FATAL = (
+    "F1126 client.h:80] Terminating process because the JAX distributed service detected fatal "
+)
+_FATAL += "errors. This most likely indicates that another task died"
+_SILENT = (
+    "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n{}\nThe tasks"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        (_FATAL + _SILENT.format("1"), "process 1 was lost"),
+        (_FATAL + _SILENT.format("3\n1"), "processes 3, 1 was lost"),
+        (_FATAL + "UNAVAILABLE: Failed to send RPC to coordination service.", "process 0 was lost"),
+        (_FATAL, "another process was lost"),
+    ],
+)
+def test_the_last_line_names_the_lost_process(text, lost):
+    assert last_words.last_words(f"a bar\n{text}", 2).startswith(f"error: {lost}, and process 2")
+
+
+def test_any_other_end_has_no_last_line():
+    assert last_words.last_words("Traceback\nValueError: no", 0) == ""
+
+
+# --- two processes ------------------------------------------------------------------------------
+
+WIDE = [
+    *FLAGS,
+    "--config.data.batch_size=200",
+    "--config.model.width=16",
+    "--config.model.proj_hidden_dim=64",
+    "--config.model.proj_output_dim=64",
+    "--config.optim.lr=0.02",
+    "--config.optim.epochs=8.0",
+    "--config.logging.log_every=1",
+    "--noreport",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    with np.load(FIXTURE) as arrays:
+        write_cifar10(
+            root,
+            train=(arrays["train_images"], arrays["train_labels"]),
+            test=(arrays["test_images"], arrays["test_labels"]),
+        )
+    return root
+
+
+def start(data, workdir, num_processes, *flags):
+    """The command in so many processes of 127.0.0.1."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "jepa_jax.main", "--config=configs/cpu.py"]
+    command += [*WIDE, f"--workdir={workdir}", *flags]
+    children = []
+    for process_id in range(num_processes):
+        shared = [
+            f"--coordinator=127.0.0.1:{port}",
+            f"--num_processes={num_processes}",
+            f"--process_id={process_id}",
+        ]
+        children.append(
+            subprocess.Popen(
+                command + shared * (num_processes > 1),
+                cwd=ROOT,
+                env={**os.environ, "EBJEPA_DSETS": str(data)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return children
+
+
+def ended(children):
+    """(exit code, stdout, stderr) of each."""
+    outputs = [child.communicate(timeout=300) for child in children]
+    return [(child.returncode, *texts) for child, texts in zip(children, outputs, strict=True)]
+
+
+def wait_for_epochs(workdir, count, children):
+    while len(read_metrics(workdir / "metrics.jsonl")) < count:
+        assert all(child.poll() is None for child in children), ended(children)
+        time.sleep(0.05)
+
+
+def losses(workdir):
+    return [row["train/loss"] for row in read_metrics(workdir / "metrics.jsonl")]
+
+
+def digest(workdir):
+    return json.loads((workdir / "summary.json").read_text())["params_digest"]
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """Folders and ends of runs of two processes, and of one."""
+    folder = tmp_path_factory.mktemp("runs")
+    ends = {"one": ended(start(data, folder / "one", 1))}
+    ends["two"] = ended(start(data, folder / "two", 2))
+    children = start(data, folder / "killed", 2)
+    wait_for_epochs(folder / "killed", 2, children)
+    children[1].kill()
+    killed_at = time.monotonic()
+    ends["killed"] = ended(children)
+    ends["seconds"] = time.monotonic() - killed_at
+    shutil.copytree(folder / "killed", folder / "on one")
+    ends["again"] = ended(start(data, folder / "killed", 2))
+    ends["on one"] = ended(start(data, folder / "on one", 1))
+    children = start(data, folder / "stopped", 2)
+    wait_for_epochs(folder / "stopped", 1, children)
+    children[1].send_signal(signal.SIGTERM)
+    ends["stopped"] = ended(children)
+    return folder, ends
+
+
+def test_two_processes_learn_what_one_does(runs):
+    folder, ends = runs
+    assert [end[0] for end in ends["two"]] == [0, 0]
+    assert len(losses(folder / "two")) == 8
+    np.testing.assert_allclose(losses(folder / "two"), losses(folder / "one"), rtol=1e-5)
+
+
+def test_process_0_alone_speaks(runs):
+    _, ends = runs
+    (_, main_out, _), (_, other_out, other_err) = ends["two"]
+    assert "2 processes with 2 devices" in main_out and "epoch 8/8" in main_out
+    told = [line for line in (other_out + other_err).splitlines() if "[Gloo]" not in line]
+    assert told == []
+
+
+def test_a_lost_process_ends_the_other_within_a_minute_and_by_name(runs):
+    _, ends = runs
+    (code, _, stderr), (killed, _, _) = ends["killed"]
+    assert killed == -signal.SIGKILL and code != 0
+    assert ends["seconds"] < 60
+    assert stderr.splitlines()[-1].startswith("error: process 1 was lost, and process 0 with it")
+
+
+def test_two_processes_resume_exactly_after_a_kill(runs):
+    folder, ends = runs
+    assert [end[0] for end in ends["again"]] == [0, 0]
+    assert re.search(r"resumed   at step \d*[1-9]", ends["again"][0][1])
+    assert digest(folder / "killed") == digest(folder / "two")
+    assert losses(folder / "killed") == losses(folder / "two")
+
+
+def test_one_process_goes_on_from_the_checkpoint_of_two(runs):
+    folder, ends = runs
+    ((code, stdout, _),) = ends["on one"]
+    assert code == 0 and re.search(r"resumed   at step \d*[1-9]", stdout)
+    np.testing.assert_allclose(losses(folder / "on one"), losses(folder / "two"), rtol=1e-5)
+
+
+def test_sigterm_to_one_process_saves_and_ends_both(runs):
+    folder, ends = runs
+    assert [end[0] for end in ends["stopped"]] == [128 + signal.SIGTERM] * 2
+    stopped = re.search(r"error: stopped at step (\d+) of 16 and saved it", ends["stopped"][0][2])
+    assert stopped and (folder / "stopped" / "checkpoints" / stopped[1]).is_dir()
+
+
+def test_an_error_of_process_0_ends_the_other(data, runs):
+    folder, _ = runs
+    (main, other) = ended(start(data, folder / "two", 2, "--config.optim.lr=0.5"))
+    assert (main[0], other[0]) == (2, 2)
+    assert main[2].splitlines()[-1].startswith(f"error: {folder / 'two'} holds a run of another")
+    assert other[2].splitlines()[-1].startswith("error: process 0 ended: ")
