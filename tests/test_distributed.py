@@ -1,5 +1,6 @@
 """Laws of several devices and processes: what is learnt does not depend on how many there are."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -174,11 +175,17 @@ def data(tmp_path_factory):
     return root
 
 
+def free_port(among=(0,)):
+    for port in among:
+        with socket.socket() as candidate, contextlib.suppress(OSError):
+            candidate.bind(("127.0.0.1", port))
+            return candidate.getsockname()[1]
+    raise OSError("no port is free")
+
+
 def start(data, workdir, num_processes, *flags):
     """The command in so many processes of 127.0.0.1."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "jepa_jax.main", "--config=configs/cpu.py"]
     command += [*WIDE, f"--workdir={workdir}", *flags]
     children = []
@@ -294,3 +301,79 @@ def test_an_error_of_process_0_ends_the_other(data, runs):
     assert (main[0], other[0]) == (2, 2)
     assert main[2].splitlines()[-1].startswith(f"error: {folder / 'two'} holds a run of another")
     assert other[2].splitlines()[-1].startswith("error: process 0 ended: ")
+
+
+_JOIN = """
+import sys
+from jepa_jax import distributed
+distributed.initialize()
+import jax
+print(jax.process_index(), jax.process_count(), distributed.from_main({"of": jax.process_index()}))
+"""
+
+
+def _of_slurm(place, port):
+    job = port - (65535 - 2**12 + 1)  # JAX makes the port of the job's number
+    return {
+        "SLURM_JOB_ID": str(job),
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_PROCID": str(place),
+        "SLURM_LOCALID": str(place),
+    }
+
+
+def _of_open_mpi(place, port):
+    del port
+    return {
+        "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": str(place),
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(place),
+    }
+
+
+@pytest.mark.parametrize("launcher", [_of_slurm, _of_open_mpi])
+def test_the_processes_of_a_launcher_find_each_other(launcher):
+    port = free_port(among=range(65535 - 2**12 + 1 + os.getpid() % 1000, 65536))
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", _JOIN],
+            env={**os.environ, **launcher(place, port), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for place in (0, 1)
+    ]
+    for place, (code, stdout, stderr) in enumerate(ended(children)):
+        assert code == 0, stderr
+        assert stdout.splitlines()[-1] == f"{place} 2 {{'of': 0}}"
+
+
+# --- examples -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["slurm.sbatch", "slurm_sweep.sbatch"])
+@pytest.mark.parametrize("code", [0, 143, 2])
+def test_a_job_goes_back_into_the_queue_if_it_was_told_to_stop(tmp_path, script, code):
+    called = tmp_path / "called"
+    for name, result in (("srun", code), ("scontrol", 0)):
+        program = tmp_path / name
+        program.write_text(f'#!/bin/sh\necho {name} "$@" >> {called}\nexit {result}\n')
+        program.chmod(0o755)
+    job = subprocess.run(
+        ["bash", str(ROOT / "examples" / script), "--config=configs/cpu.py"],
+        env={
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "SLURM_JOB_ID": "17",
+            "SLURM_ARRAY_JOB_ID": "17",
+            "SLURM_ARRAY_TASK_ID": "2",
+        },
+    )
+    lines = called.read_text().splitlines()
+    assert job.returncode == code
+    assert lines[0].startswith("srun") and lines[0].endswith("--config=configs/cpu.py")
+    number = "17_2" if "sweep" in script else "17"
+    assert lines[1:] == ([f"scontrol requeue {number}"] if code == 143 else [])
