@@ -28,7 +28,7 @@ _HOMES = {
     "health": ("effective_rank", "rank_me"),
     "interop": ("TorchModel", "import_torch"),
     "losses": ("vicreg_loss",),
-    "models": ("Encoder", "ImageJEPA", "ModelFns", "Projector", "ResNet", "ResNet18"),
+    "models": ("Encoder", "ImageJEPA", "ModelFns", "Projector", "ResNet", "ResNet18", "ResNet50"),
     "optim": ("lars", "warmup_cosine"),
     "probes": ("knn_votes", "logistic_probe", "ridge_probe"),
     "report": ("write_report",),

@@ -362,14 +362,29 @@ def test_every_model_key_reaches_the_model():
     size += 16 * 20 + 2 * 20
     assert sizes(create_encoder(config)) == (size, (2, 20), (2, 20))
     assert feature_dim(config.model) == 20
+    config.model.update(block="bottleneck", expand_dim=0)
+    first = (8 + 72) * 8 + 8 * 32 + 8 * 32 + 2 * (8 + 8 + 32 + 32)
+    second = (32 + 9 * 16) * 16 + 16 * 64 + 32 * 64 + 2 * (16 + 16 + 64 + 64)
+    assert sizes(create_encoder(config)) == (stem + first + second, (2, 64), (2, 64))
+    assert feature_dim(config.model) == 64
+
+
+def test_a_config_without_a_block_is_of_basic_ones():
+    """As older runs have stored it."""
+    config = cpu.get_config()
+    expected = num_parameters(config.model), create_encoder(config)
+    del config.model["block"]
+    assert (num_parameters(config.model), create_encoder(config)) == expected
+    assert feature_dim(config.model) == 512
 
 
 @pytest.mark.parametrize("changes", [{}, {"expand_dim": 30}, {"use_projector": False}])
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
 @pytest.mark.parametrize("stage_sizes", [(1,), (2, 3, 1), (1, 1, 1, 1)])
 @pytest.mark.parametrize("stem_kernel", [3, 7])
-def test_parameters_are_counted_without_building_any(changes, stage_sizes, stem_kernel):
+def test_parameters_are_counted_without_building_any(changes, block, stage_sizes, stem_kernel):
     config = rapid.get_config()
-    sizes_of = {"width": 4, "proj_hidden_dim": 7, "proj_output_dim": 5}
+    sizes_of = {"width": 4, "block": block, "proj_hidden_dim": 7, "proj_output_dim": 5}
     config.model.update(stage_sizes=stage_sizes, stem_kernel=stem_kernel, **sizes_of, **changes)
     assert num_parameters(config.model) == sizes(create_encoder(config))[0]
 
