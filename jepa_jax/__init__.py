@@ -16,6 +16,7 @@ _HOMES = {
         "adjust_contrast",
         "adjust_hue",
         "adjust_saturation",
+        "gaussian_blur",
         "pairs_of_views",
         "resized_crop",
         "rgb_to_grayscale",

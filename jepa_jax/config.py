@@ -451,12 +451,29 @@ def hparams_from(config: ConfigDict, steps_per_epoch: int) -> HParams:
     return HParams(seed=np.uint32(config.meta.seed), **scalars)
 
 
-def view_options(config: ConfigDict) -> dict[str, float | tuple[float, float]]:
-    """The strengths of the augmentation, as `random_view` takes them."""
+def has_blur(config: Mapping[str, Any]) -> bool:
+    """Whether a config's views are blurred at all: if not, no blur is part of the program."""
+    # .get: an older run has no such key.
+    return config["augment"].get("blur_prob", 0.0) > 0
+
+
+def blur_kernel(config: Mapping[str, Any], side: int) -> int:
+    """The `blur_kernel` of `random_view`: 0 without a blur, else the odd number nearest a tenth.
+
+    Of the views' side, as in SimCLR (arXiv 2002.05709), and at least 3.
+    """
+    return max(3, 2 * round((side / 10 - 1) / 2) + 1) if has_blur(config) else 0
+
+
+def view_options(config: Mapping[str, Any]) -> dict[str, float | tuple[float, float]]:
+    """The strengths of the augmentation, as `random_view` takes them; a blur's only if it has one.
+
+    Sizes in pixels that a program is compiled for are not among them: see `blur_kernel`.
+    """
     return {
         name: tuple(value) if isinstance(value, tuple | list) else float(value)
-        for name, value in config.augment.items()
-        if not name.startswith("blur_")
+        for name, value in config["augment"].items()
+        if has_blur(config) or not name.startswith("blur_")
     }
 
 

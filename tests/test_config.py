@@ -17,15 +17,18 @@ from ml_collections import ConfigDict
 from configs import cpu, default, full, rapid, rapid_fixed
 from jepa_jax import device
 from jepa_jax.config import (
+    blur_kernel,
     changed_keys,
     compute_dtype,
     create_encoder,
     feature_dim,
     flatten,
+    has_blur,
     hparams_from,
     known_keys,
     num_parameters,
     validate,
+    view_options,
 )
 from jepa_jax.config_flags import given_config
 from jepa_jax.errors import ConfigError
@@ -372,10 +375,24 @@ def test_every_model_key_reaches_the_model():
 def test_a_config_without_a_block_is_of_basic_ones():
     """As older runs have stored it."""
     config = cpu.get_config()
-    expected = num_parameters(config.model), create_encoder(config)
+    expected = num_parameters(config.model), sizes(create_encoder(config))
     del config.model["block"]
-    assert (num_parameters(config.model), create_encoder(config)) == expected
+    assert (num_parameters(config.model), sizes(create_encoder(config))) == expected
     assert feature_dim(config.model) == 512
+
+
+@pytest.mark.parametrize(
+    ("side", "kernel"), [(8, 3), (16, 3), (32, 3), (64, 7), (96, 9), (160, 17), (224, 23)]
+)
+def test_a_blurs_kernel_is_the_odd_number_nearest_a_tenth_of_the_view(side, kernel):
+    config = cpu.get_config()
+    assert not has_blur(config) and blur_kernel(config, side) == 0
+    assert not [name for name in view_options(config) if name.startswith("blur")]
+    config.augment.blur_prob = 0.1
+    assert has_blur(config) and blur_kernel(config, side) == kernel
+    assert abs(kernel - side / 10) <= 1 or kernel == 3
+    assert view_options(config)["blur_sigma"] == (0.1, 2.0)
+    assert view_options({"augment": {}}) == {} and not has_blur({"augment": {}})
 
 
 @pytest.mark.parametrize("changes", [{}, {"expand_dim": 30}, {"use_projector": False}])
