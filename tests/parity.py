@@ -38,6 +38,7 @@ from jepa_jax.models import (  # noqa: E402
     ImageJEPA,
     Projector,
     ResNet18,
+    ResNet50,
     linen_model,
 )
 from jepa_jax.optim import lars  # noqa: E402
@@ -142,6 +143,11 @@ def augmentations(_: Arrays) -> Arrays:
     results["greyscale/"] = augment.rgb_to_grayscale(images)
     for threshold in inputs.THRESHOLDS:
         results[f"solarize/{threshold}"] = augment.solarize(images, np.float32(threshold / 255))
+    for sigma, kernel_size in inputs.BLURS:
+        blur = jax.vmap(
+            functools.partial(augment.gaussian_blur, kernel_size=kernel_size), (0, None)
+        )
+        results[f"blur/{sigma}-{kernel_size}"] = blur(images, np.float32(sigma))
     results = jax.device_get(results)
     return {
         f"augment/{side}/{name}": array
@@ -204,6 +210,22 @@ def resnets(_: Arrays) -> Arrays:
         with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
             found |= resnet(stem_padding, np.float64)
     return found
+
+
+def large_resnets(_: Arrays) -> Arrays:
+    """In evaluation, with the stem of larger images."""
+    found = {}
+    for name, side in inputs.LARGE:
+        network = {"resnet18": ResNet18, "resnet50": ResNet50}[name]
+        module = ImageJEPA(
+            network(stem_kernel=7, stem_stride=2, stem_padding=3, stem_pool=True), None
+        )
+        variables = given_variables(module)
+        images = inputs.large_images(side).astype(np.float32)
+        h, _ = jax.jit(module.apply)(variables, images)
+        size = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+        found |= {f"large/{name}/{side}/h": h, f"large/{name}/{side}/count": np.array(size)}
+    return jax.device_get(found)
 
 
 def initial(wanted: Arrays) -> Arrays:
@@ -335,6 +357,7 @@ PIECES = (
     lars_steps,
     schedules,
     resnets,
+    large_resnets,
     initial,
     augmentations,
     draws,
@@ -465,6 +488,16 @@ ROWS = (
     Row("Schedule: all 800 steps of rapid", "schedule/rapid", RELATIVE, 1e-6),
     Row("Schedule: all 77,600 steps of full", "schedule/full", RELATIVE, 1e-6),
     *_resnet_rows(),
+    *(
+        Row(
+            f"torchvision's {name} with its own stem, {side} px, float32: features",
+            f"large/{name}/{side}/h",
+            RELATIVE,
+            1e-4,
+        )
+        for name, side in inputs.LARGE
+    ),
+    Row("Numbers of parameters of both, 11,176,512 and 23,508,032", "large/.*/count", WORST, 0.0),
     Row("Numbers of parameters, 11,168,832 and 9,451,520", "initial/count", WORST, 0.0),
     Row("Initial distributions", "initial/(encoder|projector)", DISTRIBUTION, 1e-3),
     Row("Resized crop to 32 px, PIL: mean", "augment/pil/crop32", MEAN_LEVELS, 1.0),
@@ -480,6 +513,8 @@ ROWS = (
     ),
     Row("Hue, PIL (its HSV has 8 bits): mean", "augment/pil/hue", MEAN_LEVELS, 2.0),
     Row("Hue, PIL: worst", "augment/pil/hue", WORST_LEVELS, 16.0),
+    Row("Gaussian blur, PIL", "augment/pil/blur", WORST_LEVELS, 1.0),
+    Row("Gaussian blur, tensors", "augment/tensor/blur", WORST, 1e-5),
     Row("All colour operations, tensors", f"augment/tensor/({BLENDS}|hue)", WORST, 1e-4),
     Row("Draws: crop area, aspect ratio and place", "draws/boxes", DRAWS, 1e-3),
     Row("Draws: jitter factors", "draws/factors", DRAWS, 1e-3),

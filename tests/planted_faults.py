@@ -254,8 +254,8 @@ FAULTS = [
     Fault(
         "Flax's padding of strided convolutions",
         "models.py",
-        "            padding=1,\n",
-        '            padding="SAME",\n',
+        "conv, self.width, (3, 3), padding=1)",
+        'conv, self.width, (3, 3), padding="SAME")',
         "test_models.py::test_a_strided_convolution_pads_one_on_each_side",
     ),
     Fault(
@@ -728,10 +728,54 @@ FAULTS = [
         "test_device.py::test_bfloat16_is_not_computed_in_on_a_cpu_unless_a_flag_asks",
     ),
     Fault(
+        "a bottleneck that strides on its first 1x1 convolution",
+        "models.py",
+        "conv(self.width, (1, 1))(x)))\n"
+        "        x = nn.relu(norm()(conv(self.width, (3, 3), strides=self.stride, padding=1)",
+        "conv(self.width, (1, 1), strides=self.stride)(x)))\n"
+        "        x = nn.relu(norm()(conv(self.width, (3, 3), padding=1)",
+        "test_models.py::test_a_bottleneck_is_three_convolutions_of_which_the_3x3_strides",
+    ),
+    Fault(
+        "parameters of a bottleneck counted as a basic block's",
+        "config.py",
+        "    if expansion == 1:\n",
+        "    if True:\n",
+        "test_config.py::test_parameters_are_counted_without_building_any",
+    ),
+    Fault(
+        "a blur that repeats the edge's own pixel",
+        "augment.py",
+        "weights(2 * last - col - row)",
+        "weights(2 * last + 1 - col - row)",
+        "test_augment.py::test_gaussian_blur_equals_scipys_on_a_mirrored_image",
+    ),
+    Fault(
+        "a blur of what has been solarized",
+        "augment.py",
+        "jax.random.fold_in(key, 4), image,",
+        "jax.random.fold_in(key, 4), solarize(image, 128 / 255),",
+        "test_augment.py::test_a_blur_comes_after_the_greyscale_and_before_solarize",
+    ),
+    Fault(
+        "a blur in the config that no view has",
+        "plan.py",
+        "blur_kernel=blur_kernel(",
+        "blur_kernel=0 * blur_kernel(",
+        "test_train.py::test_a_blur_of_the_config_reaches_the_views",
+    ),
+    Fault(
+        "views with a blur and without one in one program of a sweep",
+        "sweep/cells.py",
+        '"has_blur": has_blur(self.config)',
+        '"has_blur": True',
+        "test_sweep.py::test_points_of_numbers_share_a_program_and_points_of_shapes_do_not",
+    ),
+    Fault(
         "remat that keeps everything",
         "models.py",
-        "static_argnums=(2,)) if self.remat else BasicBlock",
-        "static_argnums=(2,)) if False else BasicBlock",
+        "static_argnums=(2,)) if self.remat else make_block",
+        "static_argnums=(2,)) if False else make_block",
         "test_models.py::test_remat_computes_the_same_and_keeps_less_for_the_backward_pass",
     ),
     Fault(

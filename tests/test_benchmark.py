@@ -512,6 +512,18 @@ def test_an_optimizer_that_the_peer_lacks_is_replaced_on_both_sides(given, tmp_p
     assert sides.recipe()["optimizer"] == "lars"
 
 
+def test_a_blur_is_left_out_on_both_sides_and_bottlenecks_are_refused(given, tmp_path, monkeypatch):
+    given.config.augment.blur_prob = 0.5
+    sides, calls = make_peer(given, tmp_path), []
+    monkeypatch.setattr(peer, "run_json", lambda command, **_: calls.append(command) or {})
+    sides.ours("float32", "device")
+    assert sides.note == "the blur is left out on both sides: the peer has none"
+    assert "--config.augment.blur_prob=0.0" in calls[0]
+    given.config.model.block = "bottleneck"
+    with pytest.raises(ConfigError, match="compared with PyTorch: the peer has no bottleneck"):
+        make_peer(given, tmp_path)
+
+
 def test_both_sides_take_as_many_views_a_step_as_the_config_two_of_an_image(
     given, tmp_path, monkeypatch
 ):

@@ -4,6 +4,7 @@ import pathlib
 import re
 import warnings
 
+import jax
 import numpy as np
 import parity
 import pytest
@@ -63,6 +64,33 @@ def test_weights_of_a_real_checkpoint(row, saved):
     found = parity.digests(parity.weights(path), whole=True)
     name, value = parity.compare(row, found, parity.digests(torchs, whole=True))
     assert parity.holds(row, value), f"{name}: {row.measure.words} is {value}"
+
+
+def test_torchvisions_resnet50_comes_and_goes(tmp_path):
+    """Its own file, head included, gives its features; the export loads into it, strictly."""
+    import safetensors.torch
+    import torch
+
+    torch.manual_seed(0)
+    network = make_reference.torchvision.models.resnet50().eval()
+    torch.save(network.state_dict(), tmp_path / "resnet50.pth")
+    model = import_torch(tmp_path / "resnet50.pth")
+    images = parity.inputs.large_images(224).astype(np.float32)
+    (h, _), _ = jax.jit(model.encoder.model.apply, static_argnums=2)(model.variables, images, False)
+    logits = np.asarray(h) @ model.probe["kernel"] + model.probe["bias"]
+    planar = torch.tensor(images).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        expected = network(planar).numpy()
+    np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
+    save_import(model, tmp_path / "run")
+    export_encoder(tmp_path / "run", tmp_path / "exported")
+    tensors = safetensors.torch.load_file(tmp_path / "exported" / "encoder.safetensors")
+    again = make_reference.torchvision.models.resnet50()
+    again.fc = torch.nn.Identity()
+    again.load_state_dict(tensors, strict=True)
+    with torch.no_grad():
+        found = again.eval()(planar).numpy()
+    np.testing.assert_allclose(found, h, atol=1e-4 * np.abs(found).max())
 
 
 def test_exported_weights_load_into_torchvisions_resnet18(saved, tmp_path, monkeypatch):

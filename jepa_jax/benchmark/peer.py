@@ -8,10 +8,13 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from jepa_jax.benchmark.processes import ROOT, MeasurementError, process, run_json
 from jepa_jax.benchmark.step import RATE, SIDE
 from jepa_jax.benchmark.table import NOT_MEASURED, Table, number, with_range
 from jepa_jax.benchmark.timing import spread
+from jepa_jax.config import has_blur
 from jepa_jax.config_flags import GivenConfig
 from jepa_jax.errors import ConfigError
 
@@ -100,17 +103,26 @@ def require_torch(python: str) -> None:
         raise ConfigError("--peer needs the repository: benchmarks/ is not part of the package")
 
 
+def what_it_lacks(config: ConfigDict) -> str:
+    """Why a config cannot be compared, in a few words; empty if it can."""
+    block = config.model.block
+    return "" if block == "basic" else f"the peer has no {block} blocks"
+
+
 class Peer:
     """Both sides of one config.
 
     Args:
-      given: the config; an optimiser that the peer lacks is replaced by lars on both sides, and
-        more views than two by two of more images.
+      given: the config; an optimiser that the peer lacks is replaced by lars on both sides, more
+        views than two by two of more images, and a blur is left out.
       folder: where the recipe for the other side is written.
       python: of the environment with PyTorch.
       num_images: synthetic images of either side.
       num_workers: of the DataLoader; the config's, but no more than there are cores.
       seconds_left: for the next process; None for as long as it takes.
+
+    Raises:
+      ConfigError: for a network that the peer lacks.
     """
 
     def __init__(
@@ -123,6 +135,8 @@ class Peer:
         num_workers: int,
         seconds_left: Callable[[], float | None] = lambda: None,
     ):
+        if reason := what_it_lacks(given.config):
+            raise ConfigError(f"this config cannot be compared with PyTorch: {reason}")
         self._given, self._python, self._seconds_left = given, python, seconds_left
         self._num_images, self._num_workers = num_images, num_workers
         name = given.config.optim.name
@@ -136,6 +150,8 @@ class Peer:
                 f"{num_views} views an image are replaced by 2 of {self.batch_size} images a step "
                 "on both sides: the peer has no more"
             )
+        if has_blur(given.config):
+            notes.append("the blur is left out on both sides: the peer has none")
         self.note = "; ".join(notes)
         self._recipe = folder / "recipe.json"
         self._recipe.write_text(json.dumps(self.recipe(), indent=1) + "\n")
@@ -167,6 +183,7 @@ class Peer:
             "optim.name": self.optimizer,
             "data.num_views": 2,
             "data.batch_size": self.batch_size,
+            "augment.blur_prob": 0.0,
             "training.use_amp": dtype != "float32",
             "training.dtype": dtype,
         }

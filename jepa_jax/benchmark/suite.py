@@ -126,6 +126,8 @@ class Suite:
             self._peer_absent = "PyTorch is not installed"
         elif not (ROOT / "benchmarks").is_dir():
             self._peer_absent = "benchmarks/ is not here"
+        else:
+            self._peer_absent = peer.what_it_lacks(given.config)
         environment = self._run("--measure-device")["environment"]
         self._key = {
             "schema_version": measure.SCHEMA_VERSION,
