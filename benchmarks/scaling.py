@@ -119,7 +119,7 @@ def count(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def modelled(sent_megabytes: float, step_seconds: float) -> list[dict[str, Any]]:
+def modelled(sent_megabytes: float, counted_at: int, step_seconds: float) -> list[dict[str, Any]]:
     """A model, not a measurement: the share of the time in which devices compute.
 
     Weak scaling: every device has the batch that took `step_seconds` alone. Nothing sent overlaps
@@ -127,7 +127,8 @@ def modelled(sent_megabytes: float, step_seconds: float) -> list[dict[str, Any]]
     """
     rows = []
     for devices, link, gigabytes in _LINKS:
-        seconds = sent_megabytes / 1e3 / gigabytes
+        share = (1 - 1 / devices) / (1 - 1 / counted_at)  # of the ring algorithms
+        seconds = share * sent_megabytes / 1e3 / gigabytes
         rows.append(
             {
                 "devices": devices,
@@ -235,7 +236,9 @@ def main(argv: list[str] | None = None) -> None:
         else:
             counted = count(arguments)
             if arguments.step_seconds:
-                counted["modelled"] = modelled(counted["sent_megabytes"], arguments.step_seconds)
+                counted["modelled"] = modelled(
+                    counted["sent_megabytes"], arguments.devices, arguments.step_seconds
+                )
             found = {"counted": [*before.get("counted", []), counted]}
         found["environment"] = {
             "python": platform.python_version(),
