@@ -192,7 +192,9 @@ def test_speeds_are_taken_in_turns_and_by_the_epoch(config, other, small_cifar, 
         return num_steps * seconds_of_step[len(self._order)]
 
     monkeypatch.setattr(pace, "initial_state", lambda plan: None)
-    monkeypatch.setattr(pace, "make_runner", lambda *args: types.SimpleNamespace(piece=2))
+    monkeypatch.setattr(
+        pace, "make_runner", lambda *args: types.SimpleNamespace(piece=2, place=lambda state: state)
+    )
     monkeypatch.setattr(pace.Pace, "_run", run)
     sides = {"A": config, "B": other(data__batch_size=50)}
     plans = {
