@@ -55,7 +55,8 @@ class Runner:
       labels: int32 [N], -1 for no label.
       steps_per_epoch: S.
       batch_size: B.
-      placement: 'device' keeps the images on the device, 'stream' prefetches batches to it.
+      placement: 'device' keeps the images on the device; 'host' and 'stream' prefetch batches to
+        it.
       scan_steps: steps of one program (resident data only); 1 is a loop of jitted steps, the
         faster way on a CPU, where a convolution inside a scan takes a slow path. An epoch is cut
         into equal pieces of at most this many steps.
@@ -79,7 +80,7 @@ class Runner:
         scan_steps: int,
     ):
         self._hparams, self._labels = hparams, labels
-        self._streamed = images if placement == "stream" else None
+        self._streamed = None if placement == "device" else images
         if placement == "device":
             if images.nbytes > device.memory_limit():
                 raise ConfigError(

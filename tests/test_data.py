@@ -565,17 +565,30 @@ def test_a_data_folder_of_nobody_is_one_line():
         data.data_dir("~nobody-here/x")
 
 
-@pytest.mark.parametrize("missing", ["image", "label"])
-def test_a_dataset_without_images_or_labels_is_refused(tmp_path, missing):
+def test_a_dataset_without_images_is_refused(tmp_path):
     import tensorflow_datasets as tfds
 
-    features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=2)}
-    features |= {"text": tfds.features.Text()}
-    example = {"image": png(np.zeros((4, 4, 3), np.uint8)), "label": 0, "text": "a"}
-    del features[missing], example[missing]
-    prepare_tiny(tmp_path, "lacking", tfds.features.FeaturesDict(features), [example])
-    with pytest.raises(DataError, match=f"has 0 .* its {missing} .*features are .*text"):
+    features = {"label": tfds.features.ClassLabel(num_classes=2), "text": tfds.features.Text()}
+    features = tfds.features.FeaturesDict(features)
+    prepare_tiny(tmp_path, "lacking", features, [{"label": 0, "text": "a"}])
+    with pytest.raises(DataError, match="has 0 .* its image .*features are .*text"):
         data.load_dataset("lacking", data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_dataset_without_class_labels_is_read_without_them(tmp_path, lazy):
+    import tensorflow_datasets as tfds
+
+    features = tfds.features.FeaturesDict({"image": tfds.features.Image()})
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), np.uint8)
+    examples = [{"image": png(image)} for image in images]
+    prepare_tiny(tmp_path, "unlabelled", features, examples, test=examples[:2])
+    for _ in range(2):  # the second time from the cache
+        dataset = data.load_dataset("unlabelled", data_dir=str(tmp_path), lazy=lazy)
+        assert dataset.train_labels is None and dataset.test_labels is None
+        assert dataset.num_classes == 0 and len(dataset.test_images) == 2
+        found = {image.tobytes() for image in dataset.train_images[:]}
+        assert found == {image.tobytes() for image in images}
 
 
 def test_a_dataset_with_two_images_and_no_supervised_one_is_refused(tmp_path):
