@@ -194,7 +194,9 @@ class FolderReader:
         return content
 
     def name_of(self, position: int) -> str:
-        return self._names[position].encode(errors="backslashreplace").decode()
+        name = self._names[position]
+        # What would break the line, or no terminal shows, is written as Python does.
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
     def too_many_broken(self, what: str) -> DataError:
         return DataError(

@@ -5,7 +5,6 @@ import copy
 import math
 import os
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -66,19 +65,14 @@ class _Broken:
 
 
 class _IdleWorkers:
-    """Workers between two uses. They end with the last of the records that they belong to."""
+    """Workers between two uses, which end with the last of the records that they belong to."""
 
     def __init__(self, start: Callable[[], Workers]):
         self._start, self._idle = start, []
-        weakref.finalize(self, self._end, self._idle)
-
-    @staticmethod
-    def _end(idle: list[Workers]) -> None:
-        while idle:
-            idle.pop().close()
 
     def close(self) -> None:
-        self._end(self._idle)
+        while self._idle:
+            self._idle.pop().close()
 
     def take(self) -> Workers:
         try:

@@ -12,6 +12,7 @@ import math
 import mmap
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -176,6 +177,12 @@ def _without_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
+def _end_workers(ring: _Ring, pieces: list[Iterator]) -> None:
+    ring.close()
+    # Forgotten as well: at the very end of a program grain's own clean-up fails, and says so.
+    pieces.pop().close()
+
+
 class Workers:
     """Processes that decode the images of one reader, in the order in which they are asked for.
 
@@ -202,10 +209,15 @@ class Workers:
         self._ring = _Ring(_SLOTS_EACH * self.num_workers, images, shape)
         self._shape, self._written, self._done = shape, 0, 0
         self.seconds = dict.fromkeys(("reading", "decoding", "waiting", "moving"), 0.0)
-        self._pieces = iter(
+        pieces = (
             grain.MapDataset.source(_Pieces(self._ring, reader, size))
             .to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
             .mp_prefetch(grain.MultiprocessingOptions(self.num_workers, _SLOTS_EACH), _init_worker)
+        )
+        self._pieces = [iter(pieces)]
+        # Before grain's own, of priority 1, which would wait for workers that wait for the ring.
+        self._end = multiprocessing.util.Finalize(
+            self, _end_workers, (self._ring, self._pieces), exitpriority=10
         )
         try:
             with _signals_blocked(), _without_main():
@@ -267,7 +279,7 @@ class Workers:
         """(slot, reason) of what is broken in the next piece, once it is done."""
         began = time.perf_counter()
         try:
-            reading, decoding, *broken = next(self._pieces)
+            reading, decoding, *broken = next(self._pieces[0])
         except JepaError:
             raise
         # Of grain: a worker that could not start or was killed.
@@ -284,6 +296,5 @@ class Workers:
         return tuple(broken)
 
     def close(self) -> None:
-        """Ends the processes."""
-        self._ring.close()
-        self._pieces.close()
+        """Ends the processes, as forgetting the workers or the end of the program does."""
+        self._end()
