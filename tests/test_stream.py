@@ -1,4 +1,4 @@
-"""Laws of streaming: the batches asked for, in that order, whoever decodes them and whoever dies."""
+"""Laws of streaming: the batches asked for, in that order, whoever decodes and whoever dies."""
 
 import io
 import multiprocessing

@@ -89,7 +89,8 @@ def _folders(root: str, splits: dict[str, str]) -> dict[str, str]:
     has_splits = train in found and (bool(tests) or len(entries) == 1)
     if not has_splits and not any(asked_for.values()):
         return {"train": ""}
-    folders = {"train": train, "unlabelled": unlabelled, "test": tests[0] if tests else ""}
+    # The training folder last: who asks for another one is told of that one first.
+    folders = {"unlabelled": unlabelled, "test": tests[0] if tests else "", "train": train}
     folders = {split: folder for split, folder in folders.items() if folder}
     for split, folder in folders.items():
         if folder not in found:

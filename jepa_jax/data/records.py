@@ -74,6 +74,10 @@ class _IdleWorkers:
         while self._idle:
             self._idle.pop().close()
 
+    @property
+    def first(self) -> Workers | None:
+        return self._idle[0] if self._idle else None
+
     def take(self) -> Workers:
         try:
             return self._idle.pop()
@@ -212,6 +216,11 @@ class Records:
             workers.close()
             raise
         self._idle.give_back(workers)
+
+    @property
+    def workers(self) -> Workers | None:
+        """Those that wait for more to do, with what they have spent; None before any has begun."""
+        return self._idle.first
 
     def close(self) -> None:
         """Ends the processes that wait for more to do; they start again when they are needed."""

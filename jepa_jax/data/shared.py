@@ -33,8 +33,8 @@ class SharedMemory:
         else:
             self.file, self._path = tempfile.mkstemp(prefix="jepa_jax_")
             weakref.finalize(self, os.unlink, self._path)
-        # Views of the content outlive this: the memory goes with the last of them. At the end of the
-        # process it closes by itself, and others that end then may still need it.
+        # Views of the content outlive this: the memory goes with the last of them. At the end of
+        # the process it closes by itself, and others that end then may still need it.
         weakref.finalize(self, os.close, self.file).atexit = False
         if not path:
             os.ftruncate(self.file, size)
