@@ -117,6 +117,7 @@ def save_import(model: TorchModel, folder: str | os.PathLike[str]) -> None:
         "stem_padding": resnet.stem_padding,
         "stem_pool": resnet.stem_pool,
         "expand_dim": resnet.expand_dim,
+        "block": resnet.block,
         "use_projector": projector is not None,
     }
     if projector is not None:
@@ -211,13 +212,15 @@ def export_encoder(workdir: str | os.PathLike[str], folder: str | os.PathLike[st
 
 def _architecture(config: dict[str, Any]) -> dict[str, Any]:
     model, training = config["model"], config["training"]
+    block = model.get("block", "basic")
     names = ("stage_sizes", "width", "stem_kernel", "stem_stride", "stem_padding", "stem_pool")
     projector = None
     if model["use_projector"]:
         hidden = model["proj_hidden_dim"]
         projector = [hidden, hidden, model["proj_output_dim"]]
     return {
-        "type": "ResNet of basic blocks",
+        "type": f"ResNet of {block} blocks",
+        "block": block,
         **{name: model[name] for name in names},
         "expand_dim": model.get("expand_dim", 0),
         "feature_dim": feature_dim(model),

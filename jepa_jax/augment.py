@@ -68,6 +68,60 @@ def solarize(image: jax.Array, threshold: jax.typing.ArrayLike) -> jax.Array:
     return jnp.where(image >= threshold, 1.0 - image, image)
 
 
+def _blur_weights(sigma, kernel_size: int, side: int) -> jax.Array:
+    """Rows of Gaussian weights [side, side], cut at kernel_size // 2 pixels, with sum 1.
+
+    A tap beyond an edge falls on its mirror image in the edge's pixel: three distances a pair.
+    """
+    place = jnp.arange(side, dtype=jnp.float32)
+    row, col, last = place[:, None], place[None, :], side - 1
+
+    def weights(distance):
+        falling = jnp.exp(-0.5 * jnp.square(distance / sigma))
+        return jnp.where(jnp.abs(distance) <= kernel_size // 2, falling, 0.0)
+
+    weights_of = weights(col - row)
+    weights_of += jnp.where(col > 0, weights(col + row), 0.0)
+    weights_of += jnp.where(col < last, weights(2 * last - col - row), 0.0)
+    return weights_of / jnp.sum(weights_of, axis=1, keepdims=True)
+
+
+def gaussian_blur(image: jax.Array, sigma: jax.typing.ArrayLike, kernel_size: int) -> jax.Array:
+    """Blurs [H, W, C] by a Gaussian; the image goes on beyond its edges as a mirror shows it.
+
+    torchvision's gaussian_blur of a square kernel. `sigma` may be traced, and another for every
+    image of a batch: the blur is two matrices, one over rows and one over columns.
+
+    Args:
+      image: [H, W, C] in [0, 1].
+      sigma: standard deviation in pixels, above 0.
+      kernel_size: taps across, odd; half of them must be fewer than the rows and the columns.
+
+    Raises:
+      ValueError: for another kernel size.
+    """
+    height, width, _ = image.shape
+    if kernel_size < 1 or kernel_size % 2 == 0 or kernel_size // 2 >= min(height, width):
+        raise ValueError(
+            f"a blur of {height} x {width} pixels has an odd kernel_size of at most "
+            f"{2 * min(height, width) - 1}, got {kernel_size}"
+        )
+    sigma = jnp.asarray(sigma, jnp.float32)
+    rows = _blur_weights(sigma, kernel_size, height)
+    return _apply_rows_and_columns(image, rows, _blur_weights(sigma, kernel_size, width))
+
+
+def random_gaussian_blur(
+    key: jax.Array,
+    image: jax.Array,
+    *,
+    kernel_size: int,
+    sigma: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike] = (0.1, 2.0),
+) -> jax.Array:
+    """Blurs with a standard deviation uniform in `sigma`, in pixels; see `gaussian_blur`."""
+    return gaussian_blur(image, _between(jax.random.uniform(key), *sigma), kernel_size)
+
+
 def _resize_weights(start, extent, in_size: int, out_size: int) -> jax.Array:
     """Rows of bilinear weights [out_size, in_size] that read the window [start, start + extent).
 
@@ -107,10 +161,10 @@ def resized_crop(
     """
     rows = _resize_weights(top, height, image.shape[0], size)
     cols = _resize_weights(left, width, image.shape[1], size)
-    return _apply_resize(image, rows, cols)
+    return _apply_rows_and_columns(image, rows, cols)
 
 
-def _apply_resize(image, rows, cols):
+def _apply_rows_and_columns(image, rows, cols):
     # float32 products: a GPU's default would round pixels to 10 bits of mantissa.
     return jnp.einsum("ph,hwc,qw->pqc", rows, image, cols, precision="highest")
 
@@ -242,14 +296,24 @@ def random_view(
     grayscale_prob: jax.typing.ArrayLike = 0.2,
     solarize_prob: jax.typing.ArrayLike = 0.1,
     flip_prob: jax.typing.ArrayLike = 0.5,
+    blur_kernel: int = 0,
+    blur_prob: jax.typing.ArrayLike = 0.0,
+    blur_sigma: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike] = (0.1, 2.0),
     **amounts: jax.typing.ArrayLike,
 ) -> jax.Array:
     """One augmented view of an image [H, W, 3] in [0, 1]: [size, size, 3] in [0, 1].
 
-    RandomResizedCrop, colour jitter, greyscale, solarize at 128/255, horizontal flip, in this
-    order and each with its probability. Every number but `size` may be traced; `scale` and
-    `amounts` are those of `random_crop_box` and `random_jitter_parameters`.
+    RandomResizedCrop, colour jitter, greyscale, Gaussian blur, solarize at 128/255, horizontal
+    flip, in this order and each with its probability. `scale` and `amounts` are those of
+    `random_crop_box` and `random_jitter_parameters`, `blur_kernel` and `blur_sigma` those of
+    `random_gaussian_blur`; without a `blur_kernel` no blur is computed. Every number but `size` and
+    `blur_kernel` may be traced.
+
+    Raises:
+      ValueError: for a `blur_prob` above 0 without a `blur_kernel`, or an impossible one.
     """
+    if not blur_kernel and isinstance(blur_prob, int | float) and blur_prob > 0:
+        raise ValueError("a blur_prob above 0 needs a blur_kernel, odd and in pixels")
     crop_key, jitter_key, choice_key = jax.random.split(key, 3)
     height, width, _ = image.shape
     size = size or height
@@ -260,9 +324,16 @@ def random_view(
     cols = _resize_weights(left, box_width, width, size)
     # Reading the columns backwards flips the view, which no later step can tell from a flip last.
     cols = jnp.where(flipped, cols[::-1], cols)
-    image = _apply_resize(image, _resize_weights(top, box_height, height, size), cols)
+    image = _apply_rows_and_columns(image, _resize_weights(top, box_height, height, size), cols)
     image = jnp.where(jittered, random_color_jitter(jitter_key, image, **amounts), image)
     image = jnp.where(greyed, rgb_to_grayscale(image), image)
+    if blur_kernel:
+        # split has used 0, 1 and 2 of this key: blurred or not, all other draws are the same.
+        blurred = jax.random.uniform(jax.random.fold_in(key, 3)) < blur_prob
+        blur = random_gaussian_blur(
+            jax.random.fold_in(key, 4), image, kernel_size=blur_kernel, sigma=blur_sigma
+        )
+        image = jnp.where(blurred, blur, image)
     return jnp.where(solarized, solarize(image, 128 / 255), image)
 
 

@@ -20,7 +20,15 @@ from ml_collections import ConfigDict
 
 from jepa_jax import device
 from jepa_jax.errors import CheckpointError, ConfigError
-from jepa_jax.models import Encoder, ImageJEPA, ModelFns, Projector, ResNet, linen_model
+from jepa_jax.models import (
+    Encoder,
+    ImageJEPA,
+    ModelFns,
+    Projector,
+    ResNet,
+    block_expansion,
+    linen_model,
+)
 from jepa_jax.optim import OPTIMIZERS
 from jepa_jax.train_step import HParams
 
@@ -322,10 +330,13 @@ def num_parameters(model: Mapping[str, Any]) -> int:
     channels = width = model["width"]
     size = (3 * model["stem_kernel"] ** 2 + 2) * width
     for stage, num_blocks in enumerate(model["stage_sizes"]):
-        inputs, channels = channels, width * 2**stage
-        size += 9 * inputs * channels + (inputs * channels + 2 * channels if stage else 0)
-        # Every 3x3 convolution but the first, and a scale and a bias for each.
-        size += (2 * num_blocks - 1) * 9 * channels**2 + 2 * num_blocks * 2 * channels
+        inputs, width = channels, model["width"] * 2**stage
+        channels = width * _expansion(model)
+        # A scale and a bias of BatchNorm after each convolution.
+        has_skip = stage > 0 or inputs != channels
+        size += (inputs + 2) * channels if has_skip else 0
+        size += _block_size(model, inputs, width)
+        size += (num_blocks - 1) * _block_size(model, channels, width)
     if expand_dim := model.get("expand_dim", 0):
         size += (channels + 2) * expand_dim
     if model["use_projector"]:
@@ -334,10 +345,24 @@ def num_parameters(model: Mapping[str, Any]) -> int:
     return size
 
 
+def _expansion(model: Mapping[str, Any]) -> int:
+    # .get: configs of older runs have no such key.
+    return block_expansion(model.get("block", "basic"))
+
+
+def _block_size(model: Mapping[str, Any], inputs: int, width: int) -> int:
+    """Parameters of one block without its skip."""
+    expansion = _expansion(model)
+    if expansion == 1:
+        return (9 * inputs + 2 + 9 * width + 2) * width
+    outputs = expansion * width
+    return (inputs + 2 + 9 * width + 2) * width + (width + 2) * outputs
+
+
 def feature_dim(model: Mapping[str, Any]) -> int:
     """F of the `model` section of a config."""
     width, stages = model["width"], len(model["stage_sizes"])
-    return model.get("expand_dim", 0) or width * 2 ** (stages - 1)
+    return model.get("expand_dim", 0) or _expansion(model) * width * 2 ** (stages - 1)
 
 
 def compute_dtype(config: ConfigDict) -> Any:
@@ -376,6 +401,7 @@ def create_encoder(config: ConfigDict, encoder: nn.Module | ModelFns | None = No
                 expand_dim=model.get("expand_dim", 0),
                 dtype=dtype,
                 remat=config.training.get("remat", False),
+                block=model.get("block", "basic"),
             )
         projector = None
         if model.use_projector:
@@ -425,12 +451,29 @@ def hparams_from(config: ConfigDict, steps_per_epoch: int) -> HParams:
     return HParams(seed=np.uint32(config.meta.seed), **scalars)
 
 
-def view_options(config: ConfigDict) -> dict[str, float | tuple[float, float]]:
-    """The strengths of the augmentation, as `random_view` takes them."""
+def has_blur(config: Mapping[str, Any]) -> bool:
+    """Whether a config's views are blurred at all: if not, no blur is part of the program."""
+    # .get: an older run has no such key.
+    return config["augment"].get("blur_prob", 0.0) > 0
+
+
+def blur_kernel(config: Mapping[str, Any], side: int) -> int:
+    """The `blur_kernel` of `random_view`: 0 without a blur, else the odd number nearest a tenth.
+
+    Of the views' side, as in SimCLR (arXiv 2002.05709), and at least 3.
+    """
+    return max(3, 2 * round((side / 10 - 1) / 2) + 1) if has_blur(config) else 0
+
+
+def view_options(config: Mapping[str, Any]) -> dict[str, float | tuple[float, float]]:
+    """The strengths of the augmentation, as `random_view` takes them; a blur's only if it has one.
+
+    Sizes in pixels that a program is compiled for are not among them: see `blur_kernel`.
+    """
     return {
         name: tuple(value) if isinstance(value, tuple | list) else float(value)
-        for name, value in config.augment.items()
-        if not name.startswith("blur_")
+        for name, value in config["augment"].items()
+        if has_blur(config) or not name.startswith("blur_")
     }
 
 

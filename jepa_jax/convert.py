@@ -19,7 +19,8 @@ _DESCRIPTION = """\
 Weights in and out, without PyTorch.
 
   SRC a file    .pth, .pt, .ckpt, .pth.tar (torch.save of PyTorch 1.6 and newer) or .safetensors,
-                with the names of eb_jepa, solo-learn or torchvision, for ResNets of basic blocks.
+                with the names of eb_jepa, solo-learn or torchvision, for ResNets of basic
+                blocks (ResNet-18, -34) and of bottlenecks (ResNet-50 and larger).
                 Nothing in it is run. DST becomes a folder for load_encoder and --init_from.
   SRC a folder  of a finished run, or one made from a file. DST becomes a folder with
                 encoder.safetensors (torchvision's names), projector.safetensors,
@@ -73,8 +74,9 @@ def _sizes(model: dict[str, Any]) -> str:
     kernel = model["stem_kernel"]
     expand_dim = model.get("expand_dim", 0)
     expansion = f"; expanded to {expand_dim} features" if expand_dim else ""
+    block = model.get("block", "basic")
     return (
-        f"ResNet of {blocks} basic blocks, width {model['width']}; {kernel}x{kernel} stem of "
+        f"ResNet of {blocks} {block} blocks, width {model['width']}; {kernel}x{kernel} stem of "
         f"stride {model['stem_stride']}, padding {model['stem_padding']}{pool}{expansion}"
     )
 

@@ -66,55 +66,90 @@ def _at_least_float32(dtype: Any) -> Any:
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
+def _conv(dtype: Any) -> Callable[..., nn.Module]:
+    return functools.partial(nn.Conv, use_bias=False, kernel_init=_fan_out_normal, dtype=dtype)
+
+
+def _skip(
+    x: jax.Array, channels: int, stride: int, conv: Callable[..., Any], norm: Callable[..., Any]
+) -> jax.Array:
+    """The input itself, or where a block changes its shape, a 1x1 convolution of it."""
+    if stride == 1 and x.shape[-1] == channels:
+        return x
+    x = conv(channels, (1, 1), strides=stride, name="skip_conv")(x)
+    return norm(name="skip_norm")(x)
+
+
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a skip (arXiv 1512.03385); the first may stride."""
+    """Two 3x3 convolutions and a skip (arXiv 1512.03385); the first may stride.
+
+    [B, H, W, C] to [B, H / stride, W / stride, width].
+    """
 
     width: int
     stride: int = 1
     dtype: Any = jnp.float32
 
+    expansion = 1
+
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        conv, norm = _conv(self.dtype), _batch_norm(train, self.dtype)
         # (1, 1) on each side at every stride, as PyTorch pads; 'SAME' would pad strided ones less.
-        conv3x3 = functools.partial(
-            nn.Conv,
-            self.width,
-            (3, 3),
-            padding=1,
-            use_bias=False,
-            kernel_init=_fan_out_normal,
-            dtype=self.dtype,
-        )
-        norm = _batch_norm(train, self.dtype)
-        skip = x
-        if self.stride != 1 or x.shape[-1] != self.width:
-            skip = nn.Conv(
-                self.width,
-                (1, 1),
-                strides=self.stride,
-                use_bias=False,
-                kernel_init=_fan_out_normal,
-                dtype=self.dtype,
-                name="skip_conv",
-            )(x)
-            skip = norm(name="skip_norm")(skip)
+        conv3x3 = functools.partial(conv, self.width, (3, 3), padding=1)
+        skip = _skip(x, self.width, self.stride, conv, norm)
         x = nn.relu(norm()(conv3x3(strides=self.stride)(x)))
         x = norm()(conv3x3()(x))
         return nn.relu(x + skip)
 
 
+class BottleneckBlock(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions and a skip (arXiv 1512.03385): ResNet-50's block.
+
+    [B, H, W, C] to [B, H / stride, W / stride, 4 * width]. The 3x3 convolution strides, as in
+    torchvision ("v1.5"); in the paper it is the first 1x1, which drops three of four positions.
+    """
+
+    width: int
+    stride: int = 1
+    dtype: Any = jnp.float32
+
+    expansion = 4
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        conv, norm = _conv(self.dtype), _batch_norm(train, self.dtype)
+        channels = self.expansion * self.width
+        skip = _skip(x, channels, self.stride, conv, norm)
+        x = nn.relu(norm()(conv(self.width, (1, 1))(x)))
+        x = nn.relu(norm()(conv(self.width, (3, 3), strides=self.stride, padding=1)(x)))
+        x = norm()(conv(channels, (1, 1))(x))
+        return nn.relu(x + skip)
+
+
+_BLOCKS = {"basic": BasicBlock, "bottleneck": BottleneckBlock}
+
+
+def _block_of(name: str) -> type[nn.Module]:
+    if name not in _BLOCKS:
+        raise ValueError(f"block must be one of {', '.join(_BLOCKS)}, got {name!r}")
+    return _BLOCKS[name]
+
+
 class ResNet(nn.Module):
-    """ResNet of basic blocks (arXiv 1512.03385): stem, stages, average pooling, no head.
+    """ResNet (arXiv 1512.03385): stem, stages of blocks, average pooling, no head.
 
     By default it is the one for small images, with a 3x3 stem and no max-pool. The paper's own
     stem for larger images is stem_kernel=7, stem_stride=2, stem_padding=3, stem_pool=True.
 
-    Stage i has `stage_sizes[i]` blocks of `width * 2**i` channels and halves the map from the
-    second stage on; F = width * 2**(num_stages - 1), or `expand_dim`.
+    Stage i has `stage_sizes[i]` blocks of `width * 2**i` channels, or four times as many where the
+    block is a bottleneck, and halves the map from the second stage on; F = `expand_dim`, or the
+    channels of the last stage: width * 2**(num_stages - 1), times 4 for bottlenecks.
 
     Attributes:
-      stage_sizes: blocks per stage; (2, 2, 2, 2) is ResNet-18.
-      width: channels of the first stage.
+      stage_sizes: blocks per stage; (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) ResNet-34 and, of
+        bottlenecks, ResNet-50.
+      width: channels of the stem, and of the first stage's 3x3 convolutions.
       stem_kernel: side of the stem's filters.
       stem_stride: 1 as usual on CIFAR; 2 makes every map four times smaller.
       stem_padding: 1 is the community's CIFAR stem; the reference pads 2, which gives 34x34 maps.
@@ -125,6 +160,7 @@ class ResNet(nn.Module):
       dtype: of the computation; parameters and BatchNorm's statistics are float32.
       remat: keeps of every block its input alone for the backward pass, which computes the rest
         anew: less memory, more time, the same numbers.
+      block: 'basic', two 3x3 convolutions, or 'bottleneck', see `BottleneckBlock`.
     """
 
     stage_sizes: Sequence[int] = (2, 2, 2, 2)
@@ -136,6 +172,7 @@ class ResNet(nn.Module):
     expand_dim: int = 0
     dtype: Any = jnp.float32
     remat: bool = False
+    block: str = "basic"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -153,7 +190,8 @@ class ResNet(nn.Module):
         x = nn.relu(_batch_norm(train, self.dtype)(name="stem_norm")(x))
         if self.stem_pool:
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        make_block = nn.remat(BasicBlock, static_argnums=(2,)) if self.remat else BasicBlock
+        make_block = _block_of(self.block)
+        make_block = nn.remat(make_block, static_argnums=(2,)) if self.remat else make_block
         for stage, num_blocks in enumerate(self.stage_sizes):
             for block in range(num_blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
@@ -175,6 +213,13 @@ class ResNet(nn.Module):
 
 ResNet18 = functools.partial(ResNet, stage_sizes=(2, 2, 2, 2), width=64)
 ResNet18.__doc__ = "`ResNet` with the sizes of ResNet-18, F = 512; takes its other attributes."
+ResNet50 = functools.partial(ResNet, stage_sizes=(3, 4, 6, 3), width=64, block="bottleneck")
+ResNet50.__doc__ = "`ResNet` with the sizes of ResNet-50, F = 2048; takes its other attributes."
+
+
+def block_expansion(block: str) -> int:
+    """How many times its width a block of this name puts out: 1, or 4 for a bottleneck."""
+    return _block_of(block).expansion
 
 
 class Projector(nn.Module):

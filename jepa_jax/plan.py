@@ -22,10 +22,12 @@ from jepa_jax import checkpoint
 from jepa_jax.augment import pairs_of_views, resize_images
 from jepa_jax.config import (
     SCHEMA_VERSION,
+    blur_kernel,
     changed_keys,
     check_stored,
     create_encoder,
     flatten,
+    has_blur,
     hparams_from,
     view_options,
 )
@@ -173,7 +175,10 @@ class Plan:
 
     def with_numbers(self, config: ConfigDict, workdir: pathlib.Path) -> "Plan":
         """The plan of a config that differs in traced numbers alone: it shares what is compiled."""
-        hparams = _hparams(config, self.steps_per_epoch, "augment_fn" not in self.custom)
+        has_own_views = "augment_fn" not in self.custom
+        if has_own_views and has_blur(config) != has_blur(self.config):
+            raise ValueError("views with a blur and views without one are two programs")
+        hparams = _hparams(config, self.steps_per_epoch, has_own_views)
         return dataclasses.replace(self, config=config, workdir=workdir, hparams=hparams)
 
     def steps_of(self, epoch: int) -> int:
@@ -299,6 +304,7 @@ def make_plan(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from)
             pairs_of_views,
             num_pairs=config.data.num_views // 2,
             size=config.data.view_size or None,
+            blur_kernel=blur_kernel(config, config.data.view_size or dataset.image_shape[0]),
         )
     else:
         # One's own makes views of the size it likes: the key does not speak of them.

@@ -254,8 +254,8 @@ FAULTS = [
     Fault(
         "Flax's padding of strided convolutions",
         "models.py",
-        "            padding=1,\n",
-        '            padding="SAME",\n',
+        "conv, self.width, (3, 3), padding=1)",
+        'conv, self.width, (3, 3), padding="SAME")',
         "test_models.py::test_a_strided_convolution_pads_one_on_each_side",
     ),
     Fault(
@@ -730,8 +730,8 @@ FAULTS = [
     Fault(
         "remat that keeps everything",
         "models.py",
-        "static_argnums=(2,)) if self.remat else BasicBlock",
-        "static_argnums=(2,)) if False else BasicBlock",
+        "static_argnums=(2,)) if self.remat else make_block",
+        "static_argnums=(2,)) if False else make_block",
         "test_models.py::test_remat_computes_the_same_and_keeps_less_for_the_backward_pass",
     ),
     Fault(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.ndimage
 import scipy.stats
 from PIL import Image, ImageEnhance, ImageOps
 
@@ -21,9 +22,11 @@ from jepa_jax.augment import (
     adjust_hue,
     adjust_saturation,
     color_jitter,
+    gaussian_blur,
     pairs_of_views,
     random_color_jitter,
     random_crop_box,
+    random_gaussian_blur,
     random_jitter_parameters,
     random_view,
     resize_images,
@@ -203,6 +206,33 @@ def test_color_jitter_applies_the_four_cores_in_every_order(floats):
         assert len(np.unique(found.round(4), axis=0)) > 12  # the order matters
 
 
+@pytest.mark.parametrize(("kernel_size", "height"), [(3, 32), (9, 20), (23, 32), (1, 7), (13, 7)])
+def test_gaussian_blur_equals_scipys_on_a_mirrored_image(kernel_size, height, floats):
+    """One program for every strength, as under vmap; scipy's 'mirror' is PyTorch's 'reflect'."""
+    image, sigmas = floats[2][:height], np.float32([0.1, 0.5, 1.3, 2.0, 9.0])
+    blur = jax.jit(jax.vmap(functools.partial(gaussian_blur, kernel_size=kernel_size), (None, 0)))
+    for sigma, found in zip(sigmas, blur(image, sigmas), strict=True):
+        expected = image.astype(np.float64)
+        for axis in (0, 1):
+            expected = scipy.ndimage.gaussian_filter1d(
+                expected, sigma, axis, mode="mirror", radius=kernel_size // 2
+            )
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_gaussian_blur_keeps_a_constant_and_leaves_the_image_at_a_small_sigma(floats):
+    constant = np.full((16, 12, 3), 0.3, np.float32)
+    np.testing.assert_allclose(gaussian_blur(constant, 2.0, 7), constant, atol=1e-6)
+    np.testing.assert_array_equal(gaussian_blur(floats[0], 1e-3, 7), floats[0])
+
+
+@pytest.mark.parametrize("kernel_size", [0, 4, -3, 17])
+def test_gaussian_blur_refuses_an_even_and_a_wider_kernel_than_the_image_mirrors(kernel_size):
+    message = f"of 8 x 9 pixels has an odd kernel_size of at most 15, got {kernel_size}"
+    with pytest.raises(ValueError, match=message):
+        gaussian_blur(np.zeros((8, 9, 3), np.float32), 1.0, kernel_size)
+
+
 # --- what is drawn ------------------------------------------------------------------------------
 
 
@@ -292,6 +322,69 @@ def test_greyscale_solarize_and_flip_are_chosen_independently_and_in_this_order(
         assert_share(hits, share)
         total += np.sum(hits)
     assert total == len(views)
+
+
+def test_a_blur_has_its_sigma_from_its_range(floats):
+    """The share of a bright pixel that stays in place tells the sigma."""
+    image = np.zeros((9, 9, 3), np.float32)
+    image[4, 4] = 1.0
+    options = {"kernel_size": 9, "sigma": (0.5, 1.5)}
+    keys = jax.random.split(jax.random.key(3), 1500)
+    blurs = jax.jit(jax.vmap(lambda key: random_gaussian_blur(key, image, **options)))(keys)
+    found = np.asarray(blurs[:, 4, 5, 0] / blurs[:, 4, 4, 0], np.float64)
+    assert_uniform(np.sqrt(-0.5 / np.log(found)), 0.5, 1.5)
+
+
+NEVER = {"scale": (1.0, 1.0), **dict.fromkeys(CHOICES, 0.0)}
+
+
+def test_a_share_of_the_views_is_blurred_and_no_two_alike(floats):
+    patch = floats[5, :8, :8]
+    options = {**NEVER, "blur_kernel": 3, "blur_prob": 0.3, "blur_sigma": (0.5, 2.0)}
+    view = jax.jit(jax.vmap(functools.partial(random_view, image=patch, **options)))
+    views = np.asarray(view(jax.random.split(jax.random.key(0), 1500)))
+    is_blurred = np.any(np.abs(views - patch) > 1e-6, axis=(1, 2, 3))
+    assert_share(is_blurred, 0.3)
+    assert len(np.unique(views, axis=0)) == 1 + np.sum(is_blurred)
+
+
+def test_a_blur_comes_after_the_greyscale_and_before_solarize(floats):
+    patch = floats[0, 6:14, :8]
+    options = {**NEVER, "solarize_prob": 1.0, "grayscale_prob": 1.0, "flip_prob": 1.0}
+    blur = {"blur_kernel": 5, "blur_prob": 1.0, "blur_sigma": (1.2, 1.2)}
+    found = random_view(jax.random.key(0), patch, **options, **blur)
+    grey = rgb_to_grayscale(patch[:, ::-1])
+    expected = solarize(gaussian_blur(grey, 1.2, 5), 128 / 255)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.max(np.abs(expected - gaussian_blur(solarize(grey, 128 / 255), 1.2, 5))) > 0.01
+
+
+def test_a_blur_changes_no_other_draw(images):
+    key = jax.random.key(13)
+    blur = functools.partial(two_views, blur_kernel=3, solarize_prob=0.0)
+    views = jax.jit(functools.partial(two_views, solarize_prob=0.0))(key, images)
+    of_chance = {chance: jax.jit(blur)(key, images, blur_prob=chance) for chance in (0.0, 1.0)}
+    for view, same, blurred in zip(views, of_chance[0.0], of_chance[1.0], strict=True):
+        np.testing.assert_allclose(same, view, atol=1e-5)
+        # Of all blurs that it may have, the view is one.
+        sigmas = np.linspace(0.1, 2.0, 500).astype(np.float32)
+        every = jax.jit(jax.vmap(functools.partial(gaussian_blur, kernel_size=3), (None, 0)))
+        nearest = [
+            np.abs(np.asarray(every(image, sigmas)) - found).max((1, 2, 3)).min()
+            for image, found in zip(view, np.asarray(blurred), strict=True)
+        ]
+        assert np.max(nearest) < 5e-3
+
+
+def test_a_blur_without_a_kernel_is_refused_and_none_is_computed(floats):
+    with pytest.raises(ValueError, match="blur_prob above 0 needs a blur_kernel"):
+        random_view(jax.random.key(0), floats[0], blur_prob=0.5)
+    options = {"blur_prob": np.float32(0.5), "blur_sigma": (1.0, 2.0)}
+    programs = {
+        str(jax.make_jaxpr(functools.partial(random_view, **given))(jax.random.key(0), floats[0]))
+        for given in ({}, options)
+    }
+    assert len(programs) == 1
 
 
 def drawn_jitters(**amounts):
@@ -397,11 +490,14 @@ def test_strengths_may_be_traced_and_give_the_same_views(images):
         "grayscale_prob": 0.4,
         "solarize_prob": 0.5,
         "flip_prob": 0.1,
+        "blur_prob": 0.6,
+        "blur_sigma": (0.5, 1.0),
     }
     assert set(strengths) == set(cpu.get_config().augment)
     key = jax.random.key(12)
-    static = jax.jit(functools.partial(two_views, **strengths))(key, images)
-    traced = jitted_views(key, images, **jax.tree.map(np.float32, strengths))
+    blurred_views = functools.partial(two_views, blur_kernel=5)
+    static = jax.jit(functools.partial(blurred_views, **strengths))(key, images)
+    traced = jax.jit(blurred_views)(key, images, **jax.tree.map(np.float32, strengths))
     default = jitted_views(key, images)
     for view, other, usual in zip(static, traced, default, strict=True):
         # A crop that rounds to another pixel would be another view altogether.

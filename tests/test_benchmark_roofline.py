@@ -50,8 +50,9 @@ def with_stem(**changes):
         default.get_config(),
         with_stem(stem_kernel=7, stem_stride=2, stem_padding=3, stem_pool=True, width=10),
         with_stem(stage_sizes=(1, 3), width=6, use_projector=False),
+        with_stem(stage_sizes=(2, 3), width=6, block="bottleneck", expand_dim=5),
     ],
-    ids=["rapid", "cpu", "default", "imagenet stem", "two stages"],
+    ids=["rapid", "cpu", "default", "imagenet stem", "two stages", "bottlenecks"],
 )
 def test_multiply_adds_are_those_of_the_traced_network(config):
     counted = roofline.count(config.model.to_dict(), batch_size=8, bytes_per_value=2)
@@ -67,6 +68,20 @@ def test_the_known_figures_of_resnet_18():
 
     assert encoder(1) == pytest.approx(555.4e6, rel=1e-4)  # ResNet-18's on CIFAR, as published
     assert encoder(2) == pytest.approx(703.6e6, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("block", "stage_sizes", "published"),
+    [("basic", (2, 2, 2, 2), 1.814e9), ("bottleneck", (3, 4, 6, 3), 4.089e9)],
+)
+def test_the_known_figures_at_224_pixels(block, stage_sizes, published):
+    """torchvision's of ResNet-18 and ResNet-50, which include a head of 1,000 classes."""
+    stem = {"stem_kernel": 7, "stem_stride": 2, "stem_padding": 3, "stem_pool": True}
+    model = with_stem(**stem, block=block, stage_sizes=stage_sizes).model.to_dict()
+    counted = roofline.count(model, batch_size=8, bytes_per_value=2, image_side=224)
+    head = 1000 * roofline.feature_dim(model)
+    found = counted["multiply_adds_per_view"]["encoder"] + head
+    assert found == pytest.approx(published, rel=5e-4)
 
 
 def test_the_budget_of_a_rapid_step():

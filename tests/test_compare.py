@@ -21,6 +21,7 @@ from jepa_jax.compare.equal_time import (
     differing_keys,
     epochs_of_equal_time,
     measure_turns,
+    run_one_program,
     step_arguments,
 )
 from jepa_jax.compare.pairs import compare_configs
@@ -133,8 +134,10 @@ def test_the_warm_up_keeps_its_share(config):
     assert with_epochs(config, 1.25).optim.epochs == 1.25
 
 
-def test_what_the_step_takes_as_arguments_changes_no_program(config, small_cifar):
+@pytest.mark.parametrize("blur_prob", [0.0, 0.5])
+def test_what_the_step_takes_as_arguments_changes_no_program(blur_prob, other, small_cifar):
     """All of these keys at once: other numbers, the same program before it is compiled."""
+    config = other(augment__blur_prob=blur_prob)
     changed = config.copy_and_resolve_references()
 
     def numbers(config):
@@ -142,7 +145,9 @@ def test_what_the_step_takes_as_arguments_changes_no_program(config, small_cifar
 
     moved = set()
     others = {"meta.seed": 7, "optim.schedule": "late_epoch", "augment.scale": (0.3, 0.9)}
-    for key in step_arguments():
+    others["augment.blur_sigma"] = (0.2, 1.5)
+    without_use = set() if blur_prob else {"augment.blur_prob", "augment.blur_sigma"}
+    for key in step_arguments() - without_use:
         section, name = key.split(".")
         before = numbers(changed)
         changed[section][name] = others.get(key) or changed[section][name] * 0.5 + 0.13
@@ -159,6 +164,14 @@ def test_what_the_step_takes_as_arguments_changes_no_program(config, small_cifar
         lowered = jax.jit(train_step_of(found)).lower(state, images, labels, found.hparams)
         texts.append(lowered.as_text())
     assert texts[0] == texts[1]
+    assert run_one_program(config, changed)
+
+
+def test_views_with_a_blur_and_without_one_are_not_of_one_program(config, other):
+    blurred = other(augment__blur_prob=0.5)
+    assert set(differing_keys(config, blurred)) <= step_arguments()
+    assert not run_one_program(config, blurred)
+    assert run_one_program(blurred, other(augment__blur_prob=0.1, augment__blur_sigma=(1.0, 2.0)))
 
 
 def test_what_is_compared(config, other):

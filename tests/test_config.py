@@ -17,15 +17,18 @@ from ml_collections import ConfigDict
 from configs import cpu, default, full, rapid, rapid_fixed
 from jepa_jax import device
 from jepa_jax.config import (
+    blur_kernel,
     changed_keys,
     compute_dtype,
     create_encoder,
     feature_dim,
     flatten,
+    has_blur,
     hparams_from,
     known_keys,
     num_parameters,
     validate,
+    view_options,
 )
 from jepa_jax.config_flags import given_config
 from jepa_jax.errors import ConfigError
@@ -362,14 +365,43 @@ def test_every_model_key_reaches_the_model():
     size += 16 * 20 + 2 * 20
     assert sizes(create_encoder(config)) == (size, (2, 20), (2, 20))
     assert feature_dim(config.model) == 20
+    config.model.update(block="bottleneck", expand_dim=0)
+    first = (8 + 72) * 8 + 8 * 32 + 8 * 32 + 2 * (8 + 8 + 32 + 32)
+    second = (32 + 9 * 16) * 16 + 16 * 64 + 32 * 64 + 2 * (16 + 16 + 64 + 64)
+    assert sizes(create_encoder(config)) == (stem + first + second, (2, 64), (2, 64))
+    assert feature_dim(config.model) == 64
+
+
+def test_a_config_without_a_block_is_of_basic_ones():
+    """As older runs have stored it."""
+    config = cpu.get_config()
+    expected = num_parameters(config.model), sizes(create_encoder(config))
+    del config.model["block"]
+    assert (num_parameters(config.model), sizes(create_encoder(config))) == expected
+    assert feature_dim(config.model) == 512
+
+
+@pytest.mark.parametrize(
+    ("side", "kernel"), [(8, 3), (16, 3), (32, 3), (64, 7), (96, 9), (160, 17), (224, 23)]
+)
+def test_a_blurs_kernel_is_the_odd_number_nearest_a_tenth_of_the_view(side, kernel):
+    config = cpu.get_config()
+    assert not has_blur(config) and blur_kernel(config, side) == 0
+    assert not [name for name in view_options(config) if name.startswith("blur")]
+    config.augment.blur_prob = 0.1
+    assert has_blur(config) and blur_kernel(config, side) == kernel
+    assert abs(kernel - side / 10) <= 1 or kernel == 3
+    assert view_options(config)["blur_sigma"] == (0.1, 2.0)
+    assert view_options({"augment": {}}) == {} and not has_blur({"augment": {}})
 
 
 @pytest.mark.parametrize("changes", [{}, {"expand_dim": 30}, {"use_projector": False}])
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
 @pytest.mark.parametrize("stage_sizes", [(1,), (2, 3, 1), (1, 1, 1, 1)])
 @pytest.mark.parametrize("stem_kernel", [3, 7])
-def test_parameters_are_counted_without_building_any(changes, stage_sizes, stem_kernel):
+def test_parameters_are_counted_without_building_any(changes, block, stage_sizes, stem_kernel):
     config = rapid.get_config()
-    sizes_of = {"width": 4, "proj_hidden_dim": 7, "proj_output_dim": 5}
+    sizes_of = {"width": 4, "block": block, "proj_hidden_dim": 7, "proj_output_dim": 5}
     config.model.update(stage_sizes=stage_sizes, stem_kernel=stem_kernel, **sizes_of, **changes)
     assert num_parameters(config.model) == sizes(create_encoder(config))[0]
 

@@ -169,11 +169,19 @@ def test_weights_go_back_as_they_came(name, models, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stage_sizes", "expand_dim"), [((2, 2, 2, 2), 0), ((3, 4, 6, 3), 0), ((1, 1, 1), 10)]
+    ("stage_sizes", "expand_dim", "block"),
+    [
+        ((2, 2, 2, 2), 0, "basic"),
+        ((3, 4, 6, 3), 0, "basic"),
+        ((1, 1, 1), 10, "basic"),
+        ((3, 4, 6, 3), 0, "bottleneck"),
+        ((1, 2), 10, "bottleneck"),
+    ],
 )
-def test_the_two_directions_are_inverse(stage_sizes, expand_dim, tmp_path):
+def test_the_two_directions_are_inverse(stage_sizes, expand_dim, block, tmp_path):
     """For ResNets of any stages, whose sizes an import finds by the names."""
-    module = ImageJEPA(ResNet(stage_sizes, width=2, expand_dim=expand_dim), Projector(3, 4))
+    encoder = ResNet(stage_sizes, width=2, expand_dim=expand_dim, block=block)
+    module = ImageJEPA(encoder, Projector(3, 4))
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda leaf: np.float32(rng.uniform(size=leaf.shape)), shapes)
@@ -184,12 +192,27 @@ def test_the_two_directions_are_inverse(stage_sizes, expand_dim, tmp_path):
     model = import_torch(write_safetensors(tmp_path / "x.safetensors", found), stem_padding=1)
     assert model.module == module
     jax.tree.map(np.testing.assert_array_equal, model.variables, variables)
-    last = f"encoder.layer{len(stage_sizes)}.{stage_sizes[-1] - 1}.bn2.running_var"
+    last_norm = "bn3" if block == "bottleneck" else "bn2"
+    last = f"encoder.layer{len(stage_sizes)}.{stage_sizes[-1] - 1}.{last_norm}.running_var"
     assert last in tensors
     kernel = variables["params"]["encoder"]["stem_conv"]["kernel"]
     assert tensors["encoder.conv1.weight"][1, 2, 0, 1] == kernel[0, 1, 2, 1]
     dense = variables["params"]["projector"]["Dense_1"]["kernel"]
     assert tensors["projector.3.weight"][2, 1] == dense[1, 2]
+
+
+def test_a_bottleneck_network_of_torchvisions_names_comes_with_its_head(tmp_path):
+    """Its 4 * width * 2**(stages - 1) features are those of its fc."""
+    module = ImageJEPA(
+        ResNet((1, 1), 2, 7, 2, 3, stem_pool=True, block="bottleneck"),
+    )
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    tensors = to_torch(jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes))
+    state = {name.removeprefix("encoder."): tensor for name, tensor in tensors.items()}
+    state |= {"fc.weight": np.ones((5, 16), np.float32), "fc.bias": np.zeros(5, np.float32)}
+    model = import_torch(write_safetensors(tmp_path / "x.safetensors", state))
+    assert (model.source, model.module) == ("torchvision", module)
+    assert model.probe["kernel"].shape == (16, 5) and model.ignored == ()
 
 
 @pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
@@ -273,8 +296,8 @@ MISFITS = {
         [f"{START}conv1.weight is [4, 3, 5, 5], wanted [width, 3, 3, 3]"],
     ),
     "bottleneck": (
-        {f"{START}layer1.0.conv3.weight": np.zeros((4, 4, 1, 1), np.float32)},
-        ["bottleneck blocks", "ResNet-18 and ResNet-34"],
+        {f"{START}layer1.0.conv3.weight": np.zeros((16, 4, 1, 1), np.float32)},
+        [f"missing {START}layer1.0.bn3.bias, ", f"{START}layer1.0.downsample.0.weight and 9 more"],
     ),
     "no stem": ({f"{START}conv1.weight": None}, ["holds no ResNet", f"but {START}bn1.bias"]),
     "twice": (

@@ -13,12 +13,14 @@ from jepa_jax.models import (
     CIFAR10_STD,
     BasicBlock,
     BatchNorm,
+    BottleneckBlock,
     Encoder,
     ImageJEPA,
     ModelFns,
     Projector,
     ResNet,
     ResNet18,
+    ResNet50,
     linen_model,
     normalize,
     patch_whitening_kernel,
@@ -69,6 +71,18 @@ def test_sizes_are_those_of_the_reference():
     assert count(projector["params"]) == 9_451_520
 
 
+@pytest.mark.parametrize(("network", "size"), [(ResNet18, 11_176_512), (ResNet50, 23_508_032)])
+def test_networks_of_large_images_have_torchvisions_parameters(network, size):
+    """Its published 11,689,512 and 25,557,032 without a head of 1,000 classes."""
+    module = network(stem_kernel=7, stem_stride=2, stem_padding=3, stem_pool=True)
+    assert count(shapes_of(module, jnp.zeros((1, 224, 224, 3)))["params"]) == size
+
+
+def test_an_unknown_block_is_one_line():
+    with pytest.raises(ValueError, match="block must be one of basic, bottleneck, got 'wide'"):
+        shapes_of(ResNet(block="wide"), jnp.zeros((1, 8, 8, 3)))
+
+
 @pytest.mark.parametrize(
     ("stem_stride", "stem_padding", "sides"), [(1, 1, (32, 16, 8, 4)), (1, 2, (34, 17, 9, 5))]
 )
@@ -117,6 +131,37 @@ def test_a_strided_convolution_pads_one_on_each_side(batch):
     padded = np.pad(batch, ((0, 0), (1, 1), (1, 1), (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))[:, ::2, ::2]
     np.testing.assert_allclose(found, np.einsum("bpqchw,hwcf->bpqf", windows, kernel), atol=1e-4)
+
+
+def convolved(x, kernel, stride, padding):
+    """A convolution by its definition, float64."""
+    x = np.pad(np.asarray(x, np.float64), ((0, 0), (padding,) * 2, (padding,) * 2, (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(x, kernel.shape[:2], axis=(1, 2))
+    return np.einsum("bpqchw,hwcf->bpqf", windows[:, ::stride, ::stride], kernel)
+
+
+@pytest.mark.parametrize(("stride", "width"), [(1, 2), (2, 2), (2, 3), (1, 3)])
+def test_a_bottleneck_is_three_convolutions_of_which_the_3x3_strides(stride, width, batch):
+    """Against numpy, in evaluation; at 8 input channels a width of 2 alone can skip as it is."""
+    x = np.concatenate([batch, batch, batch[..., :2]], axis=-1)[:2]
+    block = BottleneckBlock(width, stride=stride)
+    variables = some_variables(block, x, train=False)
+    found = jax.jit(block.apply, static_argnums=2)(variables, x, False)
+    params, stats = variables["params"], variables["batch_stats"]
+
+    def layer(x, conv, norm, **how):
+        x = convolved(x, params[conv]["kernel"], **how)
+        x = (x - stats[norm]["mean"]) / np.sqrt(stats[norm]["var"] + 1e-5)
+        return x * params[norm]["scale"] + params[norm]["bias"]
+
+    y = np.maximum(layer(x, "Conv_0", "BatchNorm_0", stride=1, padding=0), 0)
+    y = np.maximum(layer(y, "Conv_1", "BatchNorm_1", stride=stride, padding=1), 0)
+    y = layer(y, "Conv_2", "BatchNorm_2", stride=1, padding=0)
+    assert ("skip_conv" in params) == (stride == 2 or width == 3)
+    if "skip_conv" in params:
+        x = layer(x, "skip_conv", "skip_norm", stride=stride, padding=0)
+    assert found.shape == (2, 8 // stride, 8 // stride, 4 * width)
+    np.testing.assert_allclose(found, np.maximum(x + y, 0), atol=1e-4)
 
 
 # --- initial values ------------------------------------------------------------------------------
@@ -392,9 +437,10 @@ def test_whitening_stem_refuses_odd_and_too_many_filters(num_filters):
         patch_whitening_kernel(jnp.zeros((1, 8, 8, 3)), num_filters)
 
 
-def test_remat_computes_the_same_and_keeps_less_for_the_backward_pass(batch):
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+def test_remat_computes_the_same_and_keeps_less_for_the_backward_pass(block, batch):
     def loss_of(remat):
-        encoder = ResNet(stage_sizes=(2, 2), width=8, remat=remat)
+        encoder = ResNet(stage_sizes=(2, 2), width=8, remat=remat, block=block, expand_dim=10)
 
         def loss(params):
             given = {**variables, "params": params}
@@ -407,7 +453,8 @@ def test_remat_computes_the_same_and_keeps_less_for_the_backward_pass(batch):
         backward = jax.eval_shape(lambda p: jax.vjp(loss, p, has_aux=True)[1], params)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
 
-    variables = some_variables(ResNet(stage_sizes=(2, 2), width=8), batch)
+    module = ResNet(stage_sizes=(2, 2), width=8, block=block, expand_dim=10)
+    variables = some_variables(module, batch)
     params = variables["params"]
     losses = [loss_of(remat) for remat in (False, True)]
     results = [jax.jit(jax.value_and_grad(loss, has_aux=True))(params) for loss in losses]

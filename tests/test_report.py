@@ -1,6 +1,7 @@
 """The report: one file that asks no host for anything, says what is missing, and is true."""
 
 import base64
+import dataclasses
 import functools
 import html.parser
 import json
@@ -432,6 +433,21 @@ def test_views_are_pairs_of_training_images(workdir, small_cifar, quick):
     for image, first, second in zip(*pairs, strict=True):
         assert np.abs(train_images - image.reshape(1, -1)).max(axis=1).min() < 1e-6
         assert np.abs(first - image).max() > 0.05 and np.abs(first - second).max() > 0.05
+
+
+def test_the_pairs_of_a_blurred_run_are_blurred(workdir, small_cifar, quick):
+    """Of a run that only blurs: the first view is the image, smoother at its edges."""
+    off = ("jitter_prob", "grayscale_prob", "solarize_prob", "flip_prob")
+    augment = {"scale": [1.0, 1.0], **dict.fromkeys(off, 0.0)}
+    for blur_prob in (0.0, 1.0):
+        run = gather.read_run(workdir)
+        blur = {"blur_prob": blur_prob, "blur_sigma": [1.0, 1.5]}
+        strengths = {f"augment.{name}": value for name, value in {**augment, **blur}.items()}
+        run = dataclasses.replace(run, config={**run.config, **strengths})
+        shown, first, _ = pictures.take_pictures(run, small_cifar).pairs
+        roughness = [np.abs(np.diff(images, axis=1)).mean() for images in (shown, first)]
+        assert (roughness[1] < 0.8 * roughness[0]) == (blur_prob == 1)
+        assert np.abs(first - shown).mean() < 0.1
 
 
 def test_the_map_keeps_groups_together_and_is_the_same_every_time():

@@ -172,6 +172,9 @@ def test_points_of_numbers_share_a_program_and_points_of_shapes_do_not(config, t
     assert len(same) == 1
     for changes in ({"data__batch_size": 50}, {"model__width": 8}, {"optim__name": "sgd"}):
         assert program(**changes) not in same
+    blurred = {program(augment__blur_prob=share) for share in (0.1, 0.5)}
+    assert len(blurred) == 1 and not blurred & same
+    assert program(augment__blur_sigma=(1.0, 2.0)) in same
     cells = [make_cell(config, {"model.width": w}, s, tmp_path) for w in (4, 8) for s in (0, 1)]
     assert [len(group) for group in by_program(cells).values()] == [2, 2]
     assert len({cell.folder for cell in cells}) == 4
@@ -507,6 +510,21 @@ def test_rates_of_their_own_share_no_steps(of_lengths, small_cifar, tmp_path):
     # In whole epochs: the rates part at step 6.
     longer = [with_(warmup_epochs=1.5), with_(warmup_epochs=1.5, epochs=1.75)]
     assert shared_steps(longer) == 4
+
+
+def test_a_plan_lends_its_program_to_no_other_blur(config, small_cifar, tmp_path):
+    plan = make_plan(config, tmp_path, small_cifar, None, None, None, None)
+    blurred = config.copy_and_resolve_references()
+    blurred.augment.blur_prob = 0.5
+    with pytest.raises(ValueError, match="are two programs"):
+        plan.with_numbers(blurred, tmp_path)
+    own = make_plan(blurred, tmp_path, small_cifar, None, None, None, None)
+    blurred.augment.update(blur_prob=0.25, blur_sigma=(0.5, 1.0))
+    again = own.with_numbers(blurred, tmp_path)
+    assert again.augment_fn is own.augment_fn
+    assert (again.hparams.augment["blur_prob"], *again.hparams.augment["blur_sigma"]) == (
+        *(0.25, 0.5, 1.0),
+    )
 
 
 # --- budget, page -------------------------------------------------------------------------------

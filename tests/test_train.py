@@ -685,6 +685,17 @@ def test_the_configs_strengths_make_the_views(run):
         assert (row["train/invariance_loss"] < 1e-10) == (flip_prob == 0)
 
 
+def test_a_blur_of_the_config_reaches_the_views(run):
+    """With all else off, of half of the views: the two of an image differ by it alone."""
+    chances = ("jitter_prob", "grayscale_prob", "solarize_prob", "flip_prob")
+    weak = {"augment.scale": (1.0, 1.0), **{f"augment.{name}": 0.0 for name in chances}}
+    for blur_prob in (0.0, 0.5):
+        overrides = {**weak, "augment.blur_prob": blur_prob, "optim.epochs": 1.0}
+        _, workdir = run(str(blur_prob), overrides=overrides)
+        row = read_metrics(workdir / "metrics.jsonl")[0]
+        assert (row["train/invariance_loss"] < 1e-10) == (blur_prob == 0)
+
+
 def test_warmup_as_long_as_training_is_legal(run):
     state, _ = run(overrides={"optim.warmup_epochs": 3.0})
     assert int(state.step) == 12

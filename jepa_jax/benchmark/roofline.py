@@ -29,6 +29,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jepa_jax.config import feature_dim
+from jepa_jax.models import block_expansion
 
 _PARAMETER_PASSES = 16
 _BYTES_OF_PARAMETER = 4
@@ -88,14 +89,20 @@ def encoder_layers(model: Mapping[str, Any], image_side: int) -> list[Layer]:
     layers = [Layer("stem", image_side, side, 3, width, kernel)]
     if model["stem_pool"]:
         side = _side_after(side, 3, 2, 1)
-    channels = width
+    # .get: configs of older runs have no such key.
+    channels, expansion = width, block_expansion(model.get("block", "basic"))
     for stage, num_blocks in enumerate(model["stage_sizes"]):
         for block in range(num_blocks):
-            name, out = f"stage{stage}_block{block}", width * 2**stage
-            stride = 2 if stage and not block else 1
+            name, inner = f"stage{stage}_block{block}", width * 2**stage
+            stride, out = 2 if stage and not block else 1, expansion * inner
             small = _side_after(side, 3, stride, 1)
-            layers.append(Layer(f"{name}.0", side, small, channels, out, 3))
-            layers.append(Layer(f"{name}.1", small, small, out, out, 3, ends_block=True))
+            if expansion == 1:
+                layers.append(Layer(f"{name}.0", side, small, channels, out, 3))
+                layers.append(Layer(f"{name}.1", small, small, out, out, 3, ends_block=True))
+            else:
+                layers.append(Layer(f"{name}.0", side, side, channels, inner))
+                layers.append(Layer(f"{name}.1", side, small, inner, inner, 3))
+                layers.append(Layer(f"{name}.2", small, small, inner, out, ends_block=True))
             if stride != 1 or channels != out:
                 layers.append(Layer(f"{name}.skip", side, small, channels, out))
             side, channels = small, out

@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jepa_jax.compare import PLACES, SIDES
-from jepa_jax.config import flatten, known_keys
+from jepa_jax.config import flatten, has_blur, known_keys
 from jepa_jax.pace import Pace
 from jepa_jax.plan import Plan
 from jepa_jax.progress import say
@@ -23,13 +23,22 @@ _TURNS = 5
 
 
 def step_arguments() -> set[str]:
-    """The keys that the compiled step takes as arguments: no value of them makes it slower."""
+    """The keys that the compiled step takes as arguments.
+
+    No value of them makes it slower, but for the step from no blur at all to some: see
+    `run_one_program`.
+    """
     fields = {field.name for field in dataclasses.fields(HParams)}
     sections = ("meta", "loss", "optim")
     keys = {f"{section}.{name}" for section in sections for name in fields}
     known = set(known_keys())
     augment = {key for key in known if key.startswith("augment.")}
     return {"optim.warmup_epochs", "optim.schedule", *augment, *(keys & known)}
+
+
+def run_one_program(a: ConfigDict, b: ConfigDict) -> bool:
+    """Whether configs differ in what the compiled step takes as arguments alone."""
+    return set(differing_keys(a, b)) <= step_arguments() and has_blur(a) == has_blur(b)
 
 
 def differing_keys(a: ConfigDict, b: ConfigDict) -> dict[str, list[Any]]:
@@ -75,7 +84,7 @@ def equal_time(
       epochs of both; epoch_seconds, by turns, or None where nothing had to be timed; and text.
     """
     epochs, b_epochs, turns = float(a.optim.epochs), float(a.optim.epochs), None
-    if set(differing_keys(a, b)) <= step_arguments():
+    if run_one_program(a, b):
         text = f"both run the same compiled step: A and B train {epochs:g} epochs each"
     else:
         say(f"{'measuring':<10}the speed of A and B, in turns")

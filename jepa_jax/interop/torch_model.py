@@ -1,7 +1,8 @@
 """From a PyTorch checkpoint to this package's model: which project wrote it, and what is in it.
 
 Known are the layouts of facebookresearch/eb_jepa, vturrisi/solo-learn and torchvision, for ResNets
-of basic blocks (ResNet-18, -34, and narrower or shorter ones).
+of basic blocks (ResNet-18, -34) and of bottlenecks (ResNet-50, -101, -152), and for narrower or
+shorter ones.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from jepa_jax.models import (
     ImageJEPA,
     Projector,
     ResNet,
+    block_expansion,
     linen_model,
 )
 
@@ -152,12 +154,13 @@ def import_torch(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> TorchModel:
-    """Reads a ResNet of basic blocks from a file of torch.save or safetensors, without PyTorch.
+    """Reads a ResNet from a file of torch.save or safetensors, without PyTorch.
 
-    Nothing in the file is run. Width, stages, projector and probe follow from its tensors;
+    Nothing in the file is run. Width, blocks, projector and probe follow from its tensors;
     float16, bfloat16 and float64 become float32. Weights do not tell everything: a 3x3 stem is
     taken to have stride 1 and no max-pool, a 7x7 stem to be that of the ImageNet network (stride
-    2, padding 3, max-pool).
+    2, padding 3, max-pool), and the stride of a bottleneck to be on its 3x3 convolution, as
+    torchvision has it.
 
     Args:
       path: .pth, .pt, .ckpt, .pth.tar (torch.save of PyTorch 1.6 and newer) or .safetensors.
@@ -186,7 +189,8 @@ def import_torch(
     wanted = _wanted(module)
     if any(name.startswith("probe.") for name in tensors.known):
         num_classes = _rows(tensors, "probe.weight")
-        num_features = encoder.width * 2 ** (len(encoder.stage_sizes) - 1)
+        last_stage = encoder.width * 2 ** (len(encoder.stage_sizes) - 1)
+        num_features = encoder.expand_dim or block_expansion(encoder.block) * last_stage
         wanted |= {"probe.weight": (num_classes, num_features), "probe.bias": (num_classes,)}
     if problems := _differences(tensors, wanted):
         raise CheckpointError(
@@ -276,12 +280,6 @@ def _sort_out(
 
 def _infer_encoder(path: pathlib.Path, tensors: _Tensors, stem_padding: int | None) -> ResNet:
     """The ResNet of the stem's size and the blocks' names."""
-    if "encoder.layer1.0.conv3.weight" in tensors.known:
-        own = tensors.own_name("encoder.layer1.0.conv3.weight")
-        raise CheckpointError(
-            f"{path} holds a ResNet of bottleneck blocks ({shown(own)}); known are those of basic "
-            "blocks, as ResNet-18 and ResNet-34"
-        )
     stem = "encoder.conv1.weight"
     shape = tensors.known[stem].shape if stem in tensors.known else ()
     if len(shape) != 4 or shape[0] < 1 or shape[1:] not in ((3, 3, 3), (3, 7, 7)):
@@ -318,6 +316,7 @@ def _infer_encoder(path: pathlib.Path, tensors: _Tensors, stem_padding: int | No
         stem_padding=stem_padding or (tensors.source.stem_padding if is_small else 3),
         stem_pool=not is_small,
         expand_dim=_rows(tensors, "encoder.expand.0.weight", missing=0),
+        block="bottleneck" if "encoder.layer1.0.conv3.weight" in tensors.known else "basic",
     )
 
 

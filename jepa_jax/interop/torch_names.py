@@ -23,6 +23,8 @@ _BLOCK = {
     "BatchNorm_0": "bn1",
     "Conv_1": "conv2",
     "BatchNorm_1": "bn2",
+    "Conv_2": "conv3",
+    "BatchNorm_2": "bn3",
     "skip_conv": "downsample.0",
     "skip_norm": "downsample.1",
 }

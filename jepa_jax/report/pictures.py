@@ -12,6 +12,7 @@ from PIL import Image
 
 from jepa_jax.api import load_encoder
 from jepa_jax.augment import two_views
+from jepa_jax.config import blur_kernel, view_options
 from jepa_jax.data import FOLDER_PREFIX, Dataset, data_dir, prepared
 from jepa_jax.errors import DataError, JepaError
 from jepa_jax.plan import load_configured
@@ -99,7 +100,7 @@ def take_pictures(run: Run, dataset: Dataset | None = None) -> Pictures:
     if "augment_fn" in run.custom:
         missing["pairs"] = f"the views were made by {run.custom['augment_fn']}, which is not here"
     else:
-        pairs = _pairs(dataset, _strengths(run))
+        pairs = _pairs(dataset, _strengths(run, dataset.image_shape[0]))
     try:
         images, labels, split = _shown_images(run, dataset)
         h = _features(run, images)
@@ -188,10 +189,11 @@ def _small(images: np.ndarray) -> np.ndarray:
     return images.astype(np.float32) / 255
 
 
-def _strengths(run: Run) -> dict[str, Any]:
-    """Of the run's views; none in the config of an older run, whose views are the default's."""
+def _strengths(run: Run, side: int) -> dict[str, Any]:
+    """Of the run's views at this side; none in the config of an older run: those of the default."""
     found = {k.partition(".")[2]: v for k, v in run.config.items() if k.startswith("augment.")}
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
+    options = {"augment": found}
+    return {**view_options(options), "blur_kernel": blur_kernel(options, side)}
 
 
 def _pairs(

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from jepa_jax.compare import PLACES
 from jepa_jax.compare.equal_time import step_arguments
-from jepa_jax.config import flatten
+from jepa_jax.config import flatten, has_blur
 from jepa_jax.errors import JepaError
 from jepa_jax.metrics import read_json, write_json
 from jepa_jax.sweep.axes import Point, label
@@ -51,7 +51,9 @@ class Cell:
     def program(self) -> str:
         """Equal for cells that one compiled program serves."""
         traced = {"meta.seed", "optim.epochs", *step_arguments()}
-        return json.dumps({k: v for k, v in self.key.items() if k not in traced}, sort_keys=True)
+        fixed = {key: value for key, value in self.key.items() if key not in traced}
+        # How much is blurred is a number of the program; whether anything is, is not.
+        return json.dumps({**fixed, "has_blur": has_blur(self.config)}, sort_keys=True)
 
     def record(self) -> dict[str, Any] | None:
         """What is on record of this very cell; None for none, or for one that cannot be read."""
