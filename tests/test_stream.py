@@ -308,7 +308,7 @@ def test_signals_to_the_whole_group_are_for_the_parent(pool, images, number):
 
 
 SCRIPT = """
-import multiprocessing, sys, time
+import multiprocessing, os, signal, sys, time
 import numpy as np
 from jepa_jax.data import load_dataset
 dataset = load_dataset("folder:" + sys.argv[1], lazy=True, num_workers=2)
@@ -317,6 +317,15 @@ for batch in dataset.train_images.batches(np.zeros((3, 4), int)):
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)
 if sys.argv[2] == "wait":
     time.sleep(60)
+if sys.argv[2] == "signals":
+    before = multiprocessing.active_children()
+    for child in before:
+        os.kill(child.pid, signal.SIGINT)
+        os.kill(child.pid, signal.SIGTERM)
+    time.sleep(0.2)
+    for batch in dataset.train_images.batches(np.zeros((30, 4), int)):
+        pass
+    assert multiprocessing.active_children() == before
 """
 
 
@@ -351,8 +360,10 @@ def is_alive(pid):
         return False
 
 
-def test_a_script_without_a_main_guard_runs_once_and_ends(script):
-    output, errors = script("end").communicate(timeout=120)
+@pytest.mark.parametrize("what", ["end", "signals"])
+def test_a_script_without_a_main_guard_runs_once_and_ends(script, what):
+    """Also if Ctrl-C and a shutdown reach its workers, which are its first processes of all."""
+    output, errors = script(what).communicate(timeout=120)
     assert errors == ""
     (line,) = output.splitlines()
     assert not any(is_alive(int(pid)) for pid in line.split())

@@ -12,6 +12,7 @@ import math
 import mmap
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import multiprocessing.util
 import os
 import signal
@@ -155,6 +156,8 @@ def _signals_blocked() -> Iterator[None]:
     Ctrl-C goes to all processes of a terminal at once. A blocked signal of the parent's own is not
     lost: it waits, or reaches another thread.
     """
+    # Of multiprocessing; where it starts it unblocks both.
+    multiprocessing.resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
