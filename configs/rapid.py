@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.dataset = "cifar10"
     config.data.batch_size = 3072  # 16 steps an epoch; the last incomplete batch is dropped
-    config.data.num_workers = 16  # threads that decode streamed data; resident data needs none
+    config.data.num_workers = 16  # processes, at most one a core, that decode streamed data
     config.data.data_dir = ""  # new; empty: $EBJEPA_DSETS, $TFDS_DATA_DIR, tfds's default
     config.data.placement = "auto"  # new; device, host, stream, or auto: device when it fits
     config.data.image_size = 0  # new; images are resized and cut to this side; 0: as they are

@@ -35,7 +35,7 @@ from jepa_jax.evaluation import (
 )
 from jepa_jax.metrics import read_metrics, write_json
 from jepa_jax.models import Encoder, ModelFns
-from jepa_jax.plan import clean_images, load_fitting, untrained_variables
+from jepa_jax.plan import clean_images, load_configured, load_fitting, untrained_variables
 from jepa_jax.progress import Stopwatch, duration, say
 from jepa_jax.representation import reestimate_batch_stats
 
@@ -71,7 +71,7 @@ def evaluate_run(
       workdir: the folder of a run, finished or not, or of imported weights.
       which: the checkpoint: 'latest', 'best' (of those kept, by validation accuracy of the online
         probe), or a step.
-      dataset: in place of the run's own; the name of a tfds dataset, or a `Dataset`.
+      dataset: in place of the run's own; the name of one, or a `Dataset`.
       data_dir: where datasets lie; '' for the config's and the usual places.
       encoder: what was given to `train_and_evaluate` as `encoder`, if anything was.
       parts, augmented_epochs, on_progress: of `evaluate_representation`.
@@ -94,7 +94,7 @@ def evaluate_run(
         dataset = _own_dataset(workdir, stored, data_dir)
     elif isinstance(dataset, str):
         on_progress("reading the dataset")
-        dataset = load_fitting(dataset, data_dir=data_dir)
+        dataset = _other_dataset(dataset, config, data_dir)
     dataset = _cut_as(stored, dataset)
     is_own = stored["dataset"] == _identity(dataset)
     state = {} if step is None else load_tree(workdir / "checkpoints" / str(step))
@@ -182,7 +182,14 @@ def _own_dataset(workdir: pathlib.Path, stored: dict[str, Any], data_dir: str) -
             f"{workdir} was trained on {own!r}, a dataset given in Python, "
             "which is needed here: evaluate_run(workdir, dataset=...)"
         )
-    return _cut_as(stored, load_fitting(name, data_dir=data_dir))
+    data = stored["config"]["data"]
+    dataset = load_configured(data, data_dir=data_dir, placement="auto", num_train=0)
+    return _cut_as(stored, dataset)
+
+
+def _other_dataset(name: str, config: ConfigDict, data_dir: str) -> Dataset:
+    """A dataset that the run was not trained on, its images brought to the size of the run's."""
+    return load_fitting(name, data_dir=data_dir, image_size=config.data.get("image_size", 0))
 
 
 def _step_of(workdir: pathlib.Path, which: str) -> int | None:

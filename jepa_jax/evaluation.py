@@ -24,7 +24,7 @@ from jepa_jax.probes import (
     wilson_interval,
 )
 from jepa_jax.progress import Phases
-from jepa_jax.representation import CHUNK, extract_features, split_validation
+from jepa_jax.representation import CHUNK, extract_features, labelled, split_validation
 from jepa_jax.sgd_probe import augmented_probe
 from jepa_jax.train_step import AugmentFn, probe_logits, stream_key
 
@@ -142,6 +142,8 @@ def evaluate_representation(
     if has_labels(dataset, train, val):
         if "pixels" in parts:
             encoders["pixels"] = (_pixels, None)
+        # Of images without a label no probe would learn: STL-10 has 100,000 of them beside 5,000.
+        train = train[labelled(dataset)[train]]
         probe = _Battery(dataset, train, val, parts, augmented_epochs, seed, phases, on_progress)
         for name, (apply_fn, given) in encoders.items():
             result.update(probe.run(name, apply_fn, given, heads or {}))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jepa_jax import checkpoint
+from jepa_jax.data import Records
 from jepa_jax.distributed import Agreement, is_main, on_main
 from jepa_jax.divergence import what_is_bad
 from jepa_jax.errors import Interrupted, TrainingError
@@ -340,6 +341,9 @@ def train(
         runner = make_runner(plan, state)
     state, config = runner.place(state), plan.config
     with contextlib.ExitStack() as stack:
+        if isinstance(plan.dataset.train_images, Records):
+            # What decodes the stream would hold memory while the probes run.
+            stack.callback(plan.dataset.train_images.close)
         stop = stack.enter_context(
             stop_on_signals("interrupted; the same command goes on from the last checkpoint")
         )

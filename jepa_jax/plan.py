@@ -10,7 +10,7 @@ import math
 import pathlib
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -40,7 +40,7 @@ from jepa_jax.metrics import read_json, write_json
 from jepa_jax.models import Encoder, patch_whitening_kernel
 from jepa_jax.paths import home_expanded
 from jepa_jax.progress import say
-from jepa_jax.representation import split_validation
+from jepa_jax.representation import labelled, split_validation
 from jepa_jax.train_step import (
     AugmentFn,
     HParams,
@@ -57,6 +57,19 @@ _NUM_CLEAN_IMAGES = 2000
 # Steps of one scanned program, and images in it: long enough to hide the dispatch, short enough
 # for a live bar and a prompt Ctrl-C.
 _SCAN_STEPS, _SCAN_IMAGES = 32, 8192
+# Of the `data` section: what decides which images there are and where they lie.
+DATASET_KEYS = (
+    "dataset",
+    "data_dir",
+    "placement",
+    "num_workers",
+    "image_size",
+    "train_split",
+    "unlabelled_split",
+    "test_split",
+    "max_broken",
+    "num_train",
+)
 # What decides what a network computes and leaves no trace in the shapes of its parameters.
 _WITHOUT_SHAPE = ("model.stem_stride", "model.stem_padding", "model.stem_pool")
 
@@ -211,10 +224,12 @@ def _check_sizes(config: ConfigDict, dataset: Dataset) -> None:
             f"config.data.batch_size ({batch_size}) is larger than the {num_train} training images "
             f"of {dataset.name}"
         )
-    if dataset.train_labels is not None and config.data.num_val >= num_train:
+    num_labelled = labelled(dataset).sum()
+    if dataset.train_labels is not None and config.data.num_val >= num_labelled:
+        which = "" if num_labelled == num_train else "labelled "
         raise ConfigError(
-            f"config.data.num_val ({config.data.num_val}) leaves none of the {num_train} training "
-            f"images of {dataset.name} to the probes"
+            f"config.data.num_val ({config.data.num_val}) leaves none of the {num_labelled} "
+            f"{which}training images of {dataset.name} to the probes"
         )
 
 
@@ -230,24 +245,36 @@ def _check_views(augment_fn: AugmentFn, config: ConfigDict, dataset: Dataset) ->
 
 
 def load_fitting(
-    name: str,
-    *,
-    data_dir: str = "",
-    placement: str = "auto",
-    num_workers: int = 2,
-    num_train: int = 0,
+    name: str, *, placement: str = "auto", num_train: int = 0, **options: Any
 ) -> Dataset:
-    """`load_dataset` with `num_train` images, in memory only if they are to lie on the device."""
+    """`load_dataset` with `num_train` images, in memory unless they are to be streamed.
+
+    Args:
+      name, options: of `load_dataset`.
+      placement: see `choose_placement`.
+      num_train: see `Dataset.with_num_train`.
+    """
 
     def load(lazy: bool) -> Dataset:
-        dataset = load_dataset(name, data_dir=data_dir, num_workers=num_workers, lazy=lazy)
-        return dataset.with_num_train(num_train)
+        return load_dataset(name, lazy=lazy, **options).with_num_train(num_train)
 
-    if placement == "device":
+    if placement in ("device", "host"):
         return load(False)
     records = load(True)
     placement = choose_placement(placement, records.train_images.nbytes)
-    return load(False) if placement == "device" else records
+    return records if placement == "stream" else load(False)
+
+
+def load_configured(data: Mapping[str, Any], **changes: Any) -> Dataset:
+    """The dataset that the `data` section of a config describes.
+
+    Args:
+      data: also that of an older run, which lacks some keys.
+      changes: values in place of the section's.
+    """
+    data = {**data, **changes}
+    options = {name: data[name] for name in DATASET_KEYS if name != "dataset" and name in data}
+    return load_fitting(data["dataset"], **options)
 
 
 def make_plan(
@@ -263,14 +290,7 @@ def make_plan(
       DataError: for a dataset that cannot be read.
     """
     if dataset is None:
-        data = config.data
-        dataset = load_fitting(
-            data.dataset,
-            data_dir=data.data_dir,
-            placement=data.placement,
-            num_workers=data.num_workers,
-            num_train=data.num_train,
-        )
+        dataset = load_configured(config.data)
     else:
         dataset = dataset.with_num_train(config.data.num_train)
     _check_sizes(config, dataset)
@@ -278,7 +298,7 @@ def make_plan(
     check_batch(config.data.batch_size, len(devices), config.training.microbatches)
     placement = choose_placement(config.data.placement, dataset.train_images.nbytes)
     scan_steps = config.training.scan_steps
-    if placement == "stream":
+    if placement != "device":
         if scan_steps > 1:
             raise ConfigError("config.training.scan_steps > 1 needs config.data.placement=device")
         scan_steps = 1
@@ -387,7 +407,7 @@ def _whiten_stem(encoder, config, images, params) -> None:
 def clean_images(images: np.ndarray | Records) -> np.ndarray:
     """Up to 2,000 training images at even distances: a dataset may be sorted by class."""
     stride = max(1, len(images) // _NUM_CLEAN_IMAGES)
-    return np.asarray(images[::stride][:_NUM_CLEAN_IMAGES])
+    return np.asarray(images[: stride * _NUM_CLEAN_IMAGES : stride])
 
 
 def training_labels(plan: Plan) -> np.ndarray:

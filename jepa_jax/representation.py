@@ -81,10 +81,20 @@ def _full_chunks(count: int) -> list[tuple[int, int]]:
     return [(start, start + size) for start in range(0, count - size + 1, size)]
 
 
+def labelled(dataset: Dataset) -> np.ndarray:
+    """Which training images have a label, bool [N]."""
+    if dataset.train_labels is None:
+        return np.zeros(len(dataset.train_images), bool)
+    return np.asarray(dataset.train_labels) >= 0
+
+
 def split_validation(dataset: Dataset, num_val: int) -> tuple[np.ndarray, np.ndarray]:
     """(train, val): sorted indices; `num_val` training images are held out from every probe.
 
-    Drawn at random, because a dataset may be sorted by class, and the same ones in every run.
+    Drawn at random, because a dataset may be sorted by class, and the same ones in every run; of
+    the labelled images, as long as there are any.
     """
     order = np.random.default_rng(0).permutation(len(dataset.train_images))
+    is_labelled = labelled(dataset)[order]
+    order = np.concatenate([order[is_labelled], order[~is_labelled]])
     return np.sort(order[num_val:]), np.sort(order[:num_val])

@@ -44,6 +44,12 @@ from jepa_jax.watch import loss_balance
 # Phases beside the steps that make the weights what they are: a stem's eigenvectors, BatchNorm.
 _ON_THE_CLOCK = ("initial state", "re-estimation")
 
+_PLACES = {
+    "device": "resident on the device",
+    "host": "in the host's memory",
+    "stream": "streamed",
+}
+
 
 def params_digest(params: Any) -> str:
     """SHA-256 over the parameters' names and bytes, in the tree's own order."""
@@ -133,7 +139,7 @@ def _print_header(plan: Plan, state: TrainState, progress: dict[str, Any]) -> No
     height, width, _ = dataset.image_shape
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     num_test = len(dataset.test_images) if dataset.test_images is not None else 0
-    place = "resident on the device" if plan.placement == "device" else "streamed"
+    place = _PLACES[plan.placement]
     num_views = config.data.num_views
     of_views = "" if num_views == 2 else f" of {num_views} views each"
     weights, warning = "", ""

@@ -1,5 +1,6 @@
 """Laws of the data room: one order, one result, whatever holds the images."""
 
+import functools
 import io
 import json
 import os
@@ -565,17 +566,30 @@ def test_a_data_folder_of_nobody_is_one_line():
         data.data_dir("~nobody-here/x")
 
 
-@pytest.mark.parametrize("missing", ["image", "label"])
-def test_a_dataset_without_images_or_labels_is_refused(tmp_path, missing):
+def test_a_dataset_without_images_is_refused(tmp_path):
     import tensorflow_datasets as tfds
 
-    features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=2)}
-    features |= {"text": tfds.features.Text()}
-    example = {"image": png(np.zeros((4, 4, 3), np.uint8)), "label": 0, "text": "a"}
-    del features[missing], example[missing]
-    prepare_tiny(tmp_path, "lacking", tfds.features.FeaturesDict(features), [example])
-    with pytest.raises(DataError, match=f"has 0 .* its {missing} .*features are .*text"):
+    features = {"label": tfds.features.ClassLabel(num_classes=2), "text": tfds.features.Text()}
+    features = tfds.features.FeaturesDict(features)
+    prepare_tiny(tmp_path, "lacking", features, [{"label": 0, "text": "a"}])
+    with pytest.raises(DataError, match="has 0 .* its image .*features are .*text"):
         data.load_dataset("lacking", data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_dataset_without_class_labels_is_read_without_them(tmp_path, lazy):
+    import tensorflow_datasets as tfds
+
+    features = tfds.features.FeaturesDict({"image": tfds.features.Image()})
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), np.uint8)
+    examples = [{"image": png(image)} for image in images]
+    prepare_tiny(tmp_path, "unlabelled", features, examples, test=examples[:2])
+    for _ in range(2):  # the second time from the cache
+        dataset = data.load_dataset("unlabelled", data_dir=str(tmp_path), lazy=lazy)
+        assert dataset.train_labels is None and dataset.test_labels is None
+        assert dataset.num_classes == 0 and len(dataset.test_images) == 2
+        found = {image.tobytes() for image in dataset.train_images[:]}
+        assert found == {image.tobytes() for image in images}
 
 
 def test_a_dataset_with_two_images_and_no_supervised_one_is_refused(tmp_path):
@@ -628,3 +642,100 @@ def test_import_starts_nothing():
     )
     here = pathlib.Path(__file__).parents[1]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=here)
+
+
+# Splits, sizes and broken records of tfds
+
+
+@pytest.fixture
+def semi(tmp_path):
+    """Like STL-10: 6 labelled images, 5 whose label 0 must not be used, 3 to test on."""
+    import tensorflow_datasets as tfds
+
+    names = {"label": tfds.features.ClassLabel(num_classes=3), "image": tfds.features.Image()}
+    shades = iter(range(100))
+
+    def examples(count):
+        return [
+            {"image": png(np.full((8, 8, 3), next(shades), np.uint8)), "label": k % 3}
+            for k in range(count)
+        ]
+
+    splits = {"unlabelled": examples(5), "test": examples(3), "extra": examples(4)}
+    features = tfds.features.FeaturesDict(names)
+    prepare_tiny(tmp_path, "semi", features, examples(6), **splits)
+    return tmp_path
+
+
+def shades_of(images):
+    return [int(image[0, 0, 0]) for image in images[:]]
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_second_split_is_trained_on_without_its_labels(semi, lazy):
+    load = functools.partial(data.load_dataset, "semi", data_dir=str(semi), lazy=lazy)
+    usual = load()
+    assert len(usual.train_images) == 6 and (usual.train_labels >= 0).all()
+    for _ in range(2):  # the second time from the cache, beside that of the usual splits
+        both = load(unlabelled_split="unlabelled")
+        assert shades_of(both.train_images)[:6] == shades_of(usual.train_images)
+        assert sorted(shades_of(both.train_images)[6:]) == [0, 1, 2, 3, 4]
+        assert both.train_labels[:6].tolist() == usual.train_labels.tolist()
+        assert both.train_labels[6:].tolist() == 5 * [-1]
+        assert shades_of(both.test_images) == shades_of(usual.test_images)
+        other = load(train_split="extra", test_split="train")
+        assert sorted(shades_of(other.train_images)) == [8, 9, 10, 11]
+        assert shades_of(other.test_images) == shades_of(usual.train_images)
+        assert other.test_labels.tolist() == usual.train_labels.tolist()
+        assert shades_of(load().train_images) == shades_of(usual.train_images)
+
+
+@pytest.mark.parametrize("split", ["train_split", "unlabelled_split", "test_split"])
+def test_a_split_that_is_not_there_is_one_line(semi, split):
+    with pytest.raises(DataError, match="no split 'trian'; there are: extra, test, train, unlab"):
+        data.load_dataset("semi", data_dir=str(semi), **{split: "trian"})
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_records_are_resized_like_files(root, lazy):
+    as_they_are = data.load_dataset("cifar10", data_dir=str(root))
+    for _ in range(2):
+        resized = data.load_dataset("cifar10", data_dir=str(root), lazy=lazy, image_size=20)
+        for images, found in (
+            (as_they_are.train_images, resized.train_images),
+            (as_they_are.test_images, resized.test_images),
+        ):
+            expected = [Image.fromarray(i).resize((20, 20), Image.BILINEAR) for i in images]
+            np.testing.assert_array_equal(found[:], np.stack(expected))
+        assert (resized.train_labels == as_they_are.train_labels).all()
+
+
+def test_streamed_records_equal_resident_ones(root):
+    eager = data.load_dataset("cifar10", data_dir=str(root))
+    lazy = data.load_dataset("cifar10", data_dir=str(root), lazy=True, num_workers=2)
+    rows = np.random.default_rng(0).integers(0, 60, (7, 9))
+    for row, batch in zip(rows, lazy.train_images.batches(rows), strict=True):
+        np.testing.assert_array_equal(batch, eager.train_images[row])
+    lazy.train_images.close()
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_broken_record_is_replaced_and_remembered_in_the_cache(tmp_path, lazy, capsys):
+    import tensorflow_datasets as tfds
+
+    features = tfds.features.FeaturesDict(
+        {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=2)}
+    )
+    examples = [{"image": png(np.full((8, 8, 3), k, np.uint8)), "label": k % 2} for k in range(12)]
+    examples[5]["image"] = examples[5]["image"][:50]
+    prepare_tiny(tmp_path, "some", features, examples)
+    load = functools.partial(data.load_dataset, "some", data_dir=str(tmp_path), lazy=lazy)
+    found = []
+    for _ in range(2):
+        dataset = load(max_broken=0.1)
+        found.append(shades_of(dataset.train_images))
+        assert "broken" in capsys.readouterr().out
+        assert [shade % 2 for shade in found[-1]] == dataset.train_labels.tolist()
+    assert found[0] == found[1] and len(set(found[0])) == 11 and 5 not in found[0]
+    with pytest.raises(DataError, match="is damaged .1 of 12 images are broken"):
+        load(max_broken=0.05).train_images[:]

@@ -239,13 +239,19 @@ def test_without_labels_there_is_health_alone(dataset):
 
 def test_images_without_a_label_do_not_count(dataset):
     """Half of the labels hidden: the accuracy is that of the labelled images, not half of it."""
-    hidden = np.where(np.arange(len(dataset.train_labels)) % 10 < 5, dataset.train_labels, -1)
-    partly = from_arrays(dataset.train_images, hidden, dataset.test_images, dataset.test_labels)
-    found = evaluate(partly, parts=("linear", "knn"))
-    _, val = split_validation(dataset, NUM_VAL)
-    for probe in ("linear", "knn"):
-        score = encoder_scores(found, probe)["val"]
-        assert score["acc"] > 0.5 and score["count"] == np.sum(hidden[val] >= 0)
+    hidden, hidden_test = (
+        np.where(np.arange(len(labels)) % 10 < 5, labels, -1)
+        for labels in (dataset.train_labels, dataset.test_labels)
+    )
+    partly = from_arrays(dataset.train_images, hidden, dataset.test_images, hidden_test)
+    for num_val in (NUM_VAL, int(np.sum(hidden >= 0)) - 60):
+        found = evaluate(partly, parts=("linear", "knn"), num_val=num_val)
+        assert (hidden[split_validation(partly, num_val)[1]] >= 0).all()
+        for probe in ("linear", "knn"):
+            scores = encoder_scores(found, probe)
+            assert scores["val"]["acc"] > 0.5 and scores["val"]["count"] == num_val
+            assert scores["test"]["acc"] > 0.5
+            assert scores["test"]["count"] == np.sum(hidden_test >= 0)
 
 
 def test_the_same_seed_draws_the_same(dataset, result):

@@ -91,7 +91,7 @@ class _Parts:
         order = _seconds(
             lambda: jax.device_get(epoch_order(key, len(images), plan.config.data.batch_size))
         )
-        if plan.placement == "stream":
+        if plan.placement != "device":
             batches = _seconds(
                 lambda: list(stream_batches(images, self.labels, self.row[None].repeat(8, 0)))
             )

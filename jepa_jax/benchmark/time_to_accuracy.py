@@ -35,7 +35,7 @@ from jepa_jax.config_flags import GivenConfig, fit_to_device
 from jepa_jax.data import Dataset
 from jepa_jax.errors import ConfigError, Interrupted, JepaError
 from jepa_jax.metrics import read_json, write_json
-from jepa_jax.plan import Plan, load_fitting, make_plan
+from jepa_jax.plan import DATASET_KEYS, Plan, load_configured, make_plan
 from jepa_jax.progress import duration, say
 from jepa_jax.random_patches import FEATURES_PER_FILTER
 
@@ -46,7 +46,16 @@ _PATCH_DIMS = (1024, 4096)
 # Of a config: where files lie and what is shown, which no figure depends on.
 _NO_PART_OF_A_RUN = ("data.data_dir", "meta.model_folder", "logging.")
 # Accuracies on other images, or beside other floors, do not belong into one table.
-_SHARED = ("meta.device", "data.dataset", "data.data_dir", "data.num_train", "data.num_val")
+_SHARED = (
+    "meta.device",
+    "data.dataset",
+    "data.data_dir",
+    "data.num_train",
+    "data.num_val",
+    "data.train_split",
+    "data.unlabelled_split",
+    "data.test_split",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +129,7 @@ class TimeToAccuracy:
     def _plan(self, name: str, seed: int) -> Plan:
         config = self._given[name].config.copy_and_resolve_references()
         config.meta.seed = seed
-        data = config.data
-        dataset = _load(data.dataset, data.data_dir, data.placement, data.num_workers)
+        dataset = _load(tuple((key, config.data[key]) for key in DATASET_KEYS))
         return make_plan(config, pathlib.Path(), dataset, None, None, None, None)
 
     # --- pieces -----------------------------------------------------------------------------------
@@ -300,8 +308,8 @@ def _write(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
 
 
 @functools.lru_cache(maxsize=2)
-def _load(name: str, data_dir: str, placement: str, num_workers: int) -> Dataset:
-    return load_fitting(name, data_dir=data_dir, placement=placement, num_workers=num_workers)
+def _load(data: tuple[tuple[str, Any], ...]) -> Dataset:
+    return load_configured(dict(data))
 
 
 def _describe(dataset: Dataset) -> dict[str, Any]:

@@ -12,26 +12,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from jepa_jax import device
-from jepa_jax.data.dataset import Records
+from jepa_jax.data.records import Records
 from jepa_jax.errors import ConfigError
 
 
-def choose_placement(placement: str, num_bytes: int) -> Literal["device", "stream"]:
-    """Whether the training images lie on the device or are streamed to it.
+def choose_placement(placement: str, num_bytes: int) -> Literal["device", "host", "stream"]:
+    """Where the training images lie: on the device, in the host's memory, or where they come from.
 
     Args:
-      placement: 'device' or 'stream', or 'auto', which keeps the data on the device when it
-        takes at most a third of its memory: the rest is for the model and its activations.
+      placement: 'device', 'host' or 'stream', or 'auto', which keeps the data on the device when
+        it takes at most a third of its memory, the rest being for the model and its activations,
+        and else streams it.
       num_bytes: size of the training images.
 
     Returns:
-      'device' or 'stream'.
+      'device', 'host' or 'stream'.
 
     Raises:
       ConfigError: another placement.
     """
-    if placement not in ("auto", "device", "stream"):
-        raise ConfigError(f"data.placement must be auto, device or stream, got {placement!r}")
+    if placement not in ("auto", "device", "host", "stream"):
+        raise ConfigError(f"data.placement must be auto, device, host or stream, got {placement!r}")
     if placement != "auto":
         return placement
     return "device" if num_bytes <= device.memory_limit() / 3 else "stream"
@@ -88,7 +89,8 @@ def stream_batches(
     """The batches that `take` would give, gathered on the host by a thread that runs ahead.
 
     Args:
-      images: uint8 [N, H, W, 3], in memory or as records.
+      images: uint8 [N, H, W, 3], in memory or as records. What has a method `batches`, rows int
+        [S, B] to an iterator of uint8 [B, H, W, 3], is read by it, all else by indexing.
       labels: int32 [N], or None.
       indices: int [S, B] in [0, N), one row a batch.
       prefetch: batches that may wait on the device.
@@ -107,11 +109,13 @@ def stream_batches(
 
     def produce() -> None:
         try:
-            for row in rows:
-                if closed.is_set():
-                    return
-                targets = np.full(len(row), -1, np.int32) if labels is None else labels[row]
-                ready.put((put(images[row]), put(targets)))
+            # Closed at once, not when it is forgotten: it may hold processes.
+            with contextlib.closing(_read(images, rows)) as batches:
+                for row, batch in zip(rows, batches, strict=True):
+                    targets = np.full(len(row), -1, np.int32) if labels is None else labels[row]
+                    ready.put((put(batch), put(targets)))
+                    if closed.is_set():
+                        return
             ready.put(None)
         except BaseException as error:
             ready.put(error)
@@ -130,3 +134,10 @@ def stream_batches(
             with contextlib.suppress(queue.Empty):
                 ready.get_nowait()
             thread.join(timeout=0.01)
+
+
+def _read(images: np.ndarray | Records, rows: np.ndarray) -> Iterator[np.ndarray]:
+    if hasattr(images, "batches"):
+        yield from images.batches(rows)
+    else:
+        yield from (images[row] for row in rows)

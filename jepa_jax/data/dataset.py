@@ -1,107 +1,11 @@
 """A dataset of images and labels, as arrays in memory or as records read when they are needed."""
 
-import concurrent.futures
-import copy
 import dataclasses
-import pathlib
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from jepa_jax.data import prepared
-from jepa_jax.data.images import open_image
+from jepa_jax.data.records import Records
 from jepa_jax.errors import ConfigError, DataError
-
-
-class Records:
-    """The images of a tfds data source, decoded when they are indexed.
-
-    Indexing with an int array or a slice reads like a uint8 array [N, H, W, 3]. Grey images are
-    repeated to three channels.
-
-    Args:
-      source: a tfds data source whose images are left encoded (`tfds.decode.SkipDecoding`).
-      image_key: the feature that holds the image.
-      label_key: the feature that holds the label.
-      folder: where the records lie, for error messages.
-      num_workers: threads that decode; Pillow releases the GIL while it does.
-
-    Raises:
-      DataError: on construction or on reading, for records that cannot be read or images that
-        differ in size.
-    """
-
-    dtype = np.dtype(np.uint8)
-
-    def __init__(
-        self, source: Any, image_key: str, label_key: str, folder: pathlib.Path, num_workers: int
-    ):
-        self._source = source
-        self._image_key = image_key
-        self._label_key = label_key
-        self._folder = folder
-        self._num_workers = num_workers
-        self._positions = np.arange(len(source))
-        self.shape: tuple[int, ...] = (len(source), *self._decode(self._fetch([0])[0]).shape)
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    @property
-    def nbytes(self) -> int:
-        """Size of all images once they are decoded."""
-        return int(np.prod(self.shape))
-
-    def take(self, index: np.ndarray) -> "Records":
-        """The records at an int array, none of them decoded."""
-        taken = copy.copy(self)
-        taken._positions = self._positions[index]
-        taken.shape = (len(taken._positions), *self.shape[1:])
-        return taken
-
-    def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
-        return self.read(index)[0]
-
-    def read(self, index: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
-        """Images uint8 [B, H, W, 3] and labels int32 [B] at an int array or a slice."""
-        positions = self._positions[index]
-        images = np.empty((len(positions), *self.shape[1:]), np.uint8)
-        labels = np.empty(len(positions), np.int32)
-
-        def fill(slots: np.ndarray) -> None:
-            for slot, record in zip(slots, self._fetch(positions[slots]), strict=True):
-                images[slot] = self._decode(record, self.shape[1:])
-                labels[slot] = record[self._label_key]
-
-        with concurrent.futures.ThreadPoolExecutor(self._num_workers) as pool:
-            list(pool.map(fill, np.array_split(np.arange(len(positions)), self._num_workers)))
-        return images, labels
-
-    def labels(self, index: np.ndarray | slice) -> np.ndarray:
-        """Labels int32 [B], without decoding images."""
-        records = self._fetch(self._positions[index])
-        return np.array([record[self._label_key] for record in records], np.int32)
-
-    def _fetch(self, positions: Sequence[int]) -> list[dict[str, Any]]:
-        try:
-            return self._source.__getitems__([int(position) for position in positions])
-        # The readers of records and of protocol buffers each raise their own kinds.
-        except Exception as error:
-            raise prepared.damaged(self._folder, error) from error
-
-    def _decode(self, record: dict[str, Any], shape: tuple[int, ...] = ()) -> np.ndarray:
-        try:
-            opened = open_image(record[self._image_key])
-            found = (opened.height, opened.width, 3)
-            if shape in ((), found):
-                return np.asarray(opened.convert("RGB"))
-        except Exception as error:  # Pillow raises many kinds
-            raise prepared.damaged(self._folder, error) from error
-        raise DataError(
-            f"the images in {self._folder} differ in size ({found} and {shape}): only "
-            "datasets whose images share one size can be read"
-        )
 
 
 @dataclasses.dataclass(frozen=True)

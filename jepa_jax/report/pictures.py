@@ -13,8 +13,9 @@ from PIL import Image
 from jepa_jax.api import load_encoder
 from jepa_jax.augment import two_views
 from jepa_jax.config import blur_kernel, view_options
-from jepa_jax.data import Dataset, data_dir, load_dataset, prepared
+from jepa_jax.data import FOLDER_PREFIX, Dataset, data_dir, prepared
 from jepa_jax.errors import DataError, JepaError
+from jepa_jax.plan import load_configured
 from jepa_jax.report.gather import Run, part
 from jepa_jax.representation import extract_features, split_validation
 
@@ -126,10 +127,9 @@ def _dataset_of(run: Run) -> Dataset:
         )
     folder = str(run.config.get("data.data_dir") or "")
     # load_dataset would fetch it.
-    if prepared.find(data_dir(folder), name) is None:
+    if not name.startswith(FOLDER_PREFIX) and prepared.find(data_dir(folder), name) is None:
         raise DataError(f"{name} is not prepared in {data_dir(folder)}")
-    dataset = load_dataset(name, data_dir=folder, lazy=True)
-    return dataset.with_num_train(run.config.get("data.num_train") or 0)
+    return load_configured(part(run.stored, "config").get("data"), placement="stream")
 
 
 def _shown_images(run: Run, dataset: Dataset) -> tuple[np.ndarray, np.ndarray, str]:

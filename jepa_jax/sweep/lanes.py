@@ -196,7 +196,7 @@ def make_lanes(plan: Plan, state: TrainState, num_lanes: int, devices: Sequence[
     """`num_lanes` lanes over the devices; one lane is the program of a single run."""
     if num_lanes == 1:
         return OneLane(plan, state)
-    if plan.placement == "stream":
+    if plan.placement != "device":
         raise ConfigError("a stack needs the data on the device: config.data.placement=device")
     return Stack(plan, state, num_lanes, devices)
 
@@ -216,7 +216,7 @@ def choose_lanes(
       (the lanes, a single one for a cell that is left alone, what was measured in words).
     """
     best = alone = make_lanes(plan, state, 1, devices[:1])
-    if plan.placement == "stream" or most < 2:
+    if plan.placement != "device" or most < 2:
         return best, alone, "one after another"
     order = plan.batches_of(0)
 

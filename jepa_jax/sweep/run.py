@@ -26,7 +26,7 @@ from jepa_jax.lock import only_process_in
 from jepa_jax.metrics import read_json, write_json
 from jepa_jax.pace import Cost, chosen_epochs, with_epochs
 from jepa_jax.paths import home_expanded
-from jepa_jax.plan import Plan, initial_state, make_plan
+from jepa_jax.plan import DATASET_KEYS, Plan, initial_state, make_plan
 from jepa_jax.progress import Phases, say
 from jepa_jax.report.sweep_table import DIVERGED, FINISHED, as_markdown, scale_of
 from jepa_jax.sweep import SCHEMA_VERSION
@@ -194,7 +194,7 @@ class Sweep:
     def _plan(self, cell: Cell) -> Plan:
         first = self._first_plan
         data, own = first.config.data, cell.config.data
-        same = all(data[k] == own[k] for k in ("dataset", "data_dir", "placement", "num_train"))
+        same = all(data[key] == own[key] for key in DATASET_KEYS)
         dataset = first.dataset if same else self._dataset
         return make_plan(cell.config, self.workdir, dataset, None, None, None, None)
 
