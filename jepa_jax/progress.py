@@ -45,9 +45,9 @@ def seconds_of(text: str) -> float:
 _is_quiet = False
 
 
-def say(text: str) -> None:
-    """Prints a line above any progress bar, at once."""
-    if not _is_quiet:
+def say(text: str, *, everywhere: bool = False) -> None:
+    """Prints a line above any bar, at once; with `everywhere`, also where others are quiet."""
+    if everywhere or not _is_quiet:
         tqdm.tqdm.write(text)
         sys.stdout.flush()
 

@@ -890,6 +890,57 @@ FAULTS = [
         "return [views, *parameters, *gradients,",
         "test_train_step.py::test_one_gradient_that_is_not_finite_is_named",
     ),
+    Fault(
+        "statistics of microbatches are summed, not averaged",
+        "train_step.py",
+        "lambda t: t / num_pieces",
+        "lambda t: t",
+        "test_train_step.py::test_microbatches_normalise_by_their_own_moments"
+        "_and_the_loss_sees_the_whole_batch",
+    ),
+    Fault(
+        "the second view's gradient is dropped with microbatches",
+        "train_step.py",
+        "zip(views, pulls, strict=True):",
+        "zip(views[:1], pulls[:1], strict=True):",
+        "test_train_step.py::test_microbatches_change_nothing"
+        "_of_an_encoder_without_batch_statistics",
+    ),
+    Fault(
+        "the last line names this process, not the lost one",
+        "last_words.py",
+        "if int(number) != process_id]",
+        "]",
+        "test_distributed.py::test_the_last_line_names_the_lost_process",
+    ),
+    Fault(
+        "a batch is checked for its devices alone",
+        "distributed.py",
+        "parts = num_devices * microbatches",
+        "parts = num_devices",
+        "test_distributed.py::test_a_batch_that_does_not_divide_is_refused",
+    ),
+    Fault(
+        "any SLURM job is taken for several processes",
+        "distributed.py",
+        "int(count) > 1 for count",
+        "int(count) > 0 for count",
+        "test_distributed.py::test_a_process_of_its_own_joins_nothing",
+    ),
+    Fault(
+        "any image stands in for a broken one",
+        "data/records.py",
+        "np.flatnonzero(self._labels == self._labels[position])",
+        "np.arange(len(self._reader))",
+        "test_stream.py::test_for_a_broken_image_the_next_good_one_with_its_label_stands_in",
+    ),
+    Fault(
+        "a streamed batch begins a place too late",
+        "data/workers.py",
+        "batch[start:end] = pixels[: end - start]",
+        "batch[start:end] = np.roll(pixels[: end - start], 1, axis=0)",
+        "test_stream.py::test_batches_are_those_asked_for_whatever_their_size_and_number",
+    ),
 ]
 
 

@@ -137,6 +137,8 @@ _SILENT = (
         (_FATAL + _SILENT.format("1"), "process 1 was lost"),
         (_FATAL + _SILENT.format("3\n1"), "processes 3, 1 was lost"),
         (_FATAL + "UNAVAILABLE: Failed to send RPC to coordination service.", "process 0 was lost"),
+        # As process 2 may read of itself when it was silent for too long.
+        (_FATAL + _SILENT.format("2\n1"), "process 1 was lost"),
         (_FATAL, "another process was lost"),
     ],
 )
@@ -161,6 +163,9 @@ WIDE = [
     "--config.logging.log_every=1",
     "--noreport",
 ]
+
+# Each process decodes its own rows.
+STREAMED = "--config.data.placement=stream"
 
 
 @pytest.fixture(scope="module")
@@ -233,15 +238,15 @@ def runs(data, tmp_path_factory):
     """Folders and ends of runs of two processes, and of one."""
     folder = tmp_path_factory.mktemp("runs")
     ends = {"one": ended(start(data, folder / "one", 1))}
-    ends["two"] = ended(start(data, folder / "two", 2))
-    children = start(data, folder / "killed", 2)
+    ends["two"] = ended(start(data, folder / "two", 2, STREAMED))
+    children = start(data, folder / "killed", 2, STREAMED)
     wait_for_epochs(folder / "killed", 2, children)
     children[1].kill()
     killed_at = time.monotonic()
     ends["killed"] = ended(children)
     ends["seconds"] = time.monotonic() - killed_at
     shutil.copytree(folder / "killed", folder / "on one")
-    ends["again"] = ended(start(data, folder / "killed", 2))
+    ends["again"] = ended(start(data, folder / "killed", 2, STREAMED))
     ends["on one"] = ended(start(data, folder / "on one", 1))
     children = start(data, folder / "stopped", 2)
     wait_for_epochs(folder / "stopped", 1, children)
@@ -308,7 +313,8 @@ import sys
 from jepa_jax import distributed
 distributed.initialize()
 import jax
-print(jax.process_index(), jax.process_count(), distributed.from_main({"of": jax.process_index()}))
+rows = distributed.Layout(jax.devices()).own_rows(8).tolist()
+print(jax.process_index(), jax.process_count(), distributed.from_main({"of": rows}), rows)
 """
 
 
@@ -349,7 +355,8 @@ def test_the_processes_of_a_launcher_find_each_other(launcher):
     ]
     for place, (code, stdout, stderr) in enumerate(ended(children)):
         assert code == 0, stderr
-        assert stdout.splitlines()[-1] == f"{place} 2 {{'of': 0}}"
+        rows = [[0, 1, 2, 3], [4, 5, 6, 7]]
+        assert stdout.splitlines()[-1] == f"{place} 2 {{'of': {rows[0]}}} {rows[place]}"
 
 
 # --- examples -----------------------------------------------------------------------------------

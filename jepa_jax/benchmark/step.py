@@ -61,7 +61,7 @@ def synthetic_plan(config: ConfigDict, *, num_images: int = NUM_IMAGES, augment:
 
     Args:
       config: see `configs/`.
-      num_images: at least the batch size.
+      num_images: at least the batch size; of images larger than 32 pixels fewer, as many bytes.
       augment: 'device', the config's own, or 'none'.
 
     Returns:
@@ -73,14 +73,18 @@ def synthetic_plan(config: ConfigDict, *, num_images: int = NUM_IMAGES, augment:
     validate(config)
     config = config.copy_and_resolve_references()
     config.optim.lr = RATE
+    side = config.data.image_size or SIDE
+    fitting = max(config.data.batch_size, NUM_IMAGES * SIDE**2 // side**2)
+    num_images = min(num_images, fitting)
+    config.data.num_val = min(config.data.num_val, num_images // 2)
     augment_fn = None
     if augment == "none":
         augment_fn = functools.partial(
             fixed_views,
-            size=config.data.view_size or SIDE,
+            size=config.data.view_size or side,
             num_pairs=config.data.num_views // 2,
         )
-    dataset = synthetic_dataset(num_images)
+    dataset = synthetic_dataset(num_images, side=side)
     return make_plan(config, pathlib.Path(), dataset, None, None, augment_fn, None)
 
 

@@ -51,7 +51,8 @@ class _Broken:
         count = len(self.reasons)
         if count <= _NAMED:
             name = self._reader.name_of(position)
-            say(f"{'broken':<10}{name}: {reason}; another image stands in")
+            line = f"{'broken':<10}{name}: {reason}; another image stands in"
+            say(line, everywhere=True)
         elif math.log2(count / _NAMED).is_integer():
             say(f"{'broken':<10}{count} of {len(self._reader)} images so far")
 
