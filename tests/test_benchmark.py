@@ -712,3 +712,11 @@ def test_a_config_by_flags_can_be_handed_on():
     again = given_config(given.flags(**{"optim.lr": 0.25}))
     assert again.config.optim.lr == 0.25 and again.config.model.stage_sizes == (1, 1)
     assert again.name == "cpu"
+
+
+def test_synthetic_images_are_as_large_as_the_configs_and_no_more_bytes(tiny_config):
+    config = tiny_config.copy_and_resolve_references()
+    config.data.image_size = 64
+    plan = step.synthetic_plan(config, augment="device")
+    assert plan.dataset.image_shape == (64, 64, 3)
+    assert plan.dataset.train_images.nbytes <= step.NUM_IMAGES * 32 * 32 * 3
