@@ -51,7 +51,7 @@ def collectives(program: str, num_devices: int) -> list[dict[str, Any]]:
         for dtype, dims in _SHAPE.findall(shapes):
             # XLA sends several arrays in one collective, which has the name of one of them.
             shape = [int(n) for n in dims.split(",") if n]
-            size = _BYTES.get(dtype, 0) * math.prod(shape)
+            size = _BYTES[dtype] * math.prod(shape)
             sent = times.get(kind, share) * size
             found.append({"kind": kind, "sent": sent, "purpose": _purpose(name, len(shape))})
     return found
@@ -146,9 +146,9 @@ _TIMED = """
 import json, pathlib, sys, time
 from jepa_jax import device, distributed
 num_processes, process_id, port, seconds = map(int, sys.argv[1:])
+device.prepare("cpu")
 if num_processes > 1:
     distributed.initialize(f"127.0.0.1:{port}", num_processes, process_id)
-device.select("cpu")
 import jax, numpy as np
 from configs import cpu
 from jepa_jax.data import from_arrays

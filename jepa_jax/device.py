@@ -22,6 +22,7 @@ from jepa_jax.errors import ConfigError
 _XLA_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 _XLA_FLAG_VALUE = "-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
 _FLAG_VERSIONS = ((0, 10), (0, 13))
+_MANY_CPUS = "xla_force_host_platform_device_count"
 # A training program takes seconds to compile, but so do a hundred small ones together.
 _CACHED_FROM_SECONDS = 0.1
 
@@ -35,17 +36,35 @@ def select(device: str) -> None:
     Raises:
       ConfigError: if 'gpu' is asked for and JAX cannot use one.
     """
+    prepare(device)
+    check(device)
+
+
+def prepare(device: str) -> None:
+    """The part of `select` that starts no backend: other processes may be joined after it."""
     _choose_convolutions()
     _keep_compiled_programs()
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")
-    elif device == "gpu":
-        try:
-            found = jax.default_backend() != "cpu"
-        except RuntimeError:
-            found = False
-        if not found:
-            raise ConfigError(f"config.meta.device=gpu, but JAX sees no GPU{_nvidia_hint()}")
+    if _MANY_CPUS in os.environ.get("XLA_FLAGS", ""):
+        # On few cores steps that overlap may wait for each other's threads.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def check(device: str) -> None:
+    """The part of `select` that starts the backend.
+
+    Raises:
+      ConfigError: if 'gpu' is asked for and JAX cannot use one.
+    """
+    if device != "gpu":
+        return
+    try:
+        found = jax.default_backend() != "cpu"
+    except RuntimeError:
+        found = False
+    if not found:
+        raise ConfigError(f"config.meta.device=gpu, but JAX sees no GPU{_nvidia_hint()}")
 
 
 def split_cpu() -> None:
@@ -55,7 +74,7 @@ def split_cpu() -> None:
     (docs/sweeps.md). A number of devices in XLA_FLAGS comes first, and where JAX has started
     already its devices stay what they are.
     """
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    if _MANY_CPUS not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", os.cpu_count())
 

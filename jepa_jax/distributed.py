@@ -8,6 +8,7 @@ Process 0 alone reads and writes the run's folder. What it decides there it tell
 an error of its own ends them all.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import functools
@@ -37,6 +38,8 @@ HEARTBEAT_SECONDS = 20
 _START_SECONDS = 300
 _END_SECONDS = 30
 _GUARD = pathlib.Path(__file__).with_name("last_words.py")
+# In the errors of a collective whose other end has gone.
+_OF_A_CONNECTION = ("Gloo", "NCCL", "UNAVAILABLE", "onnection")
 # How many processes a launcher says it has started.
 _COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
@@ -85,7 +88,7 @@ def initialize(
             shutdown_timeout_seconds=_END_SECONDS,
         )
     except (RuntimeError, ValueError, OSError) as error:
-        if not any(given) and not _is_launched():
+        if not (any(given) or _is_launched() or _is_named()):
             return
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"the processes of this run did not come together ({reason})") from error
@@ -110,13 +113,18 @@ def _is_launched() -> bool:
 
 def _may_be_in_a_cluster() -> bool:
     """Whether JAX should look for others, which it does over the network: as a pod, or on a TPU."""
-    named = "JAX_COORDINATOR_ADDRESS" in os.environ or "JOB_COMPLETION_INDEX" in os.environ
-    return named or importlib.util.find_spec("libtpu") is not None
+    return _is_named() or importlib.util.find_spec("libtpu") is not None
+
+
+def _is_named() -> bool:
+    """Whether somebody has said that there are others: alone, each would train all of it."""
+    return "JAX_COORDINATOR_ADDRESS" in os.environ or "JOB_COMPLETION_INDEX" in os.environ
 
 
 def _watch_over_the_end() -> None:
     """Sends what this process writes to stderr through one that outlives it, see last_words.py."""
     read_end, write_end = os.pipe()
+    own = os.dup(2)
     command = [sys.executable, "-S", str(_GUARD), str(jax.process_index())]
     global _last_words
     _last_words = subprocess.Popen(command, stdin=read_end, stdout=subprocess.DEVNULL)
@@ -124,6 +132,14 @@ def _watch_over_the_end() -> None:
     sys.stderr.flush()
     os.dup2(write_end, 2)
     os.close(write_end)
+
+    def forward_the_rest() -> None:
+        sys.stderr.flush()
+        os.dup2(own, 2)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            _last_words.wait(timeout=1)
+
+    atexit.register(forward_the_rest)
 
 
 @contextlib.contextmanager
@@ -138,8 +154,8 @@ def one_of_many() -> Iterator[None]:
             yield
     except JepaError:
         raise
-    except Exception:
-        if jax.process_count() > 1:
+    except (RuntimeError, ValueError) as error:
+        if jax.process_count() > 1 and any(word in str(error) for word in _OF_A_CONNECTION):
             time.sleep(2 * HEARTBEAT_SECONDS)
         raise
 
@@ -155,14 +171,21 @@ def from_main(content: Any) -> Any:
         return content
     text = json.dumps(content).encode() if is_main() else b""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    padded = np.frombuffer(text.ljust(size), np.uint8)[:size]
+    # Of few sizes: each is compiled for.
+    size = max(4096, 1 << (size - 1).bit_length())
+    padded = np.frombuffer(text.ljust(size), np.uint8)
     return json.loads(bytes(multihost_utils.broadcast_one_to_all(padded)))
 
 
 def arrays_from_main(tree: Any) -> Any:
     """A pytree of arrays of process 0, as numpy arrays in every process; all have to call it."""
     tree = jax.tree.map(np.asarray, jax.device_get(tree))
-    return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)
+    if jax.process_count() == 1:
+        return tree
+    # As bytes: what is sent is a sum over the processes, which would make -0.0 a 0.0.
+    sent = jax.tree.map(lambda array: array.reshape(-1).view(np.uint8), tree)
+    sent = multihost_utils.broadcast_one_to_all(sent)
+    return jax.tree.map(lambda b, a: np.asarray(b).view(a.dtype).reshape(a.shape), sent, tree)
 
 
 def on_main(work: Callable[[], Any], *, share: bool = True) -> Any:
@@ -174,23 +197,19 @@ def on_main(work: Callable[[], Any], *, share: bool = True) -> Any:
         others None if not.
 
     Raises:
-      JepaError: of `work`; in the other processes an ElsewhereError that says which.
+      Exception: of `work`; in the other processes an ElsewhereError that says which.
     """
     if jax.process_count() == 1:
         return work()
-    result, error = None, None
+    result, error, told = None, None, {}
     if is_main():
         try:
             result = work()
-        except JepaError as raised:
+        except Exception as raised:
             error = raised
-    told = from_main(
-        {
-            "error": error and str(error),
-            "exit_code": error and error.exit_code,
-            "result": result if share else None,
-        }
-    )
+            text = str(raised) if isinstance(raised, JepaError) else f"{raised!r:.300}"
+            told = {"error": text, "exit_code": getattr(raised, "exit_code", 1)}
+    told = from_main({"error": None, "result": result if share and not error else None, **told})
     if error is not None:
         raise error
     if told["error"] is not None:
@@ -201,7 +220,8 @@ def on_main(work: Callable[[], Any], *, share: bool = True) -> Any:
 class Agreement:
     """Numbers of which every process has its own, and all go by the largest.
 
-    While steps run, asking costs no process a wait: the answer comes with the next question.
+    While steps run on an accelerator, asking costs no process a wait: the answer comes with the
+    next question.
     """
 
     def __init__(self):
@@ -318,17 +338,25 @@ class Layout:
         return np.concatenate([np.arange(*ends) for ends in sorted(starts)])
 
     def here(self, tree: Any) -> Any:
-        """The arrays, whole, on this process's first device; all processes have to call it."""
+        """The arrays, whole: of this process's first device, or brought together in host memory.
+
+        All processes have to call it.
+        """
         if self.is_single:
             return tree
-        if not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(tree)):
-            tree = _gather(self.everywhere)(tree)
-        return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+
+        def whole(leaf):
+            if leaf.is_fully_replicated:
+                return leaf.addressable_data(0)
+            # One after the other: together they may not fit on a device.
+            return np.asarray(_gather(self.everywhere)(leaf).addressable_data(0))
+
+        return jax.tree.map(whole, tree)
 
 
 @functools.lru_cache(maxsize=4)
 def _gather(everywhere: NamedSharding):
-    return jax.jit(lambda tree: tree, out_shardings=everywhere)
+    return jax.jit(lambda array: array, out_shardings=everywhere)
 
 
 def check_batch(batch_size: int, num_devices: int, microbatches: int = 1) -> None:

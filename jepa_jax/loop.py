@@ -454,7 +454,7 @@ def _back_off(loop: _Loop, error: _Diverged) -> TrainState:
     back_offs = progress["back_offs"] + 1
     loop.clock.stop()
     _wait_for_save(loop)
-    on_record = f"{_on_record(loop)}, and is untouched"
+    on_record = f"{on_main(lambda: _on_record(loop))}, and is untouched"
     if plan.config.training.on_nan != "back_off":
         what = "the images" if "a view" in str(error) else "a lower config.optim.lr"
         raise TrainingError(f"{error}: try {what}; {on_record}")
@@ -484,10 +484,12 @@ def _stop_early(
     """Raises, once what has been saved is whole."""
     _wait_for_save(loop)
     plan = loop.plan
-    is_saved = on_main(lambda: loop.checkpoints.latest_step() == step)
+    is_saved, on_record = on_main(
+        lambda: (loop.checkpoints.latest_step() == step, _on_record(loop))
+    )
     if not signal_number:
         raise TrainingError(collapsed_text(plan, collapsed, step))
-    how = f"saved it in {plan.workdir}" if is_saved else f"could not save it: {_on_record(loop)}"
+    how = f"saved it in {plan.workdir}" if is_saved else f"could not save it: {on_record}"
     raise Interrupted(
         f"stopped at step {step} of {plan.num_steps} and {how}; the same command goes on from "
         "there",

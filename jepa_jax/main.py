@@ -69,8 +69,9 @@ def _main(argv: Sequence[str]) -> None:
         from jepa_jax.train import train_and_evaluate
 
         validate(config)
+        device.prepare(config.meta.device)
         distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-        device.select(config.meta.device)
+        device.check(config.meta.device)
         with distributed.one_of_many():
             config_flags.fit_to_device(given)
             workdir = home_expanded(_WORKDIR.value or _default_workdir(given))

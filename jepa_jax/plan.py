@@ -32,7 +32,14 @@ from jepa_jax.config import (
     view_options,
 )
 from jepa_jax.data import Dataset, Records, choose_placement, epoch_order, load_dataset
-from jepa_jax.distributed import Layout, arrays_from_main, check_batch, on_main
+from jepa_jax.distributed import (
+    Agreement,
+    Layout,
+    arrays_from_main,
+    check_batch,
+    from_main,
+    on_main,
+)
 from jepa_jax.environment import describe_environment
 from jepa_jax.errors import CheckpointError, ConfigError
 from jepa_jax.evaluation import has_labels
@@ -442,10 +449,9 @@ def new_progress() -> dict[str, Any]:
     }
 
 
-def claim_workdir(plan: Plan, has_checkpoint: bool) -> None:
-    """Stores what the run is, or checks that the run whose checkpoint is there is this one."""
-    path = plan.workdir / "config.json"
-    identity = {
+def _identity(plan: Plan) -> dict[str, Any]:
+    """What a run is, as its config.json says it."""
+    return {
         "config": json.loads(plan.config.to_json()),
         "dataset": {
             "name": plan.dataset.name,
@@ -455,6 +461,32 @@ def claim_workdir(plan: Plan, has_checkpoint: bool) -> None:
         "custom": plan.custom,
         "init_from": plan.init_from,
     }
+
+
+def check_alike(plan: Plan) -> None:
+    """Refuses processes of one run that would not do the same; all have to call it.
+
+    Raises:
+      ConfigError: in every process; in those that differ from process 0, with what differs.
+    """
+    if jax.process_count() == 1:
+        return
+    identity = _identity(plan)
+    programs = {
+        "placement": plan.placement,
+        "scan_steps": plan.scan_steps,
+        "shard_params": plan.layout.shard_params,
+    }
+    own = {**identity.pop("config"), **identity, **programs}
+    changed = changed_keys(from_main(own), own)
+    if any(Agreement().now(len(changed))):
+        what = "; ".join(changed) or "another one than this process differs from process 0"
+        raise ConfigError(f"the processes of this run do not have the same config and data: {what}")
+
+
+def claim_workdir(plan: Plan, has_checkpoint: bool) -> None:
+    """Stores what the run is, or checks that the run whose checkpoint is there is this one."""
+    path, identity = plan.workdir / "config.json", _identity(plan)
     if has_checkpoint:
         stored = read_json(path)
         check_stored(path, stored)

@@ -16,13 +16,16 @@ from jepa_jax.errors import ConfigError
 from jepa_jax.train_step import HParams, Metrics, TrainState, make_train_epoch
 
 
-def check_memory(compiled: jax.stages.Compiled, batch_size: int, beside: int) -> None:
+def check_memory(
+    compiled: jax.stages.Compiled, batch_size: int, beside: int, multiple: int = 1
+) -> None:
     """Refuses, before its first call, a program that needs more memory than the device has.
 
     Args:
       compiled: the program.
       batch_size: that it was compiled for.
       beside: bytes that lie on the device and are not the program's arguments.
+      multiple: of which a batch size has to be.
 
     Raises:
       ConfigError: with what it needs, what there is, and a batch size that fits.
@@ -39,6 +42,7 @@ def check_memory(compiled: jax.stages.Compiled, batch_size: int, beside: int) ->
     needed, limit = held + stats.temp_size_in_bytes, device.memory_limit()
     if needed > limit:
         fitting = int(0.9 * (limit - held) / (stats.temp_size_in_bytes / batch_size))
+        fitting -= fitting % multiple
         advice = f"config.data.batch_size={fitting} fits" if fitting >= 2 else "use a smaller model"
         raise ConfigError(
             f"this model at config.data.batch_size={batch_size} needs {needed / 2**30:.1f} GiB and "
@@ -99,7 +103,7 @@ class Runner:
         self.program = self._compiled(train_step, state, images.shape[1:])
         # The loop's program sees a batch, not the images that lie beside it.
         beside = images.nbytes if placement == "device" and self.piece == 1 else 0
-        check_memory(self.program, batch_size, beside)
+        check_memory(self.program, batch_size, beside, len(layout.devices) if layout else 1)
 
     def _compiled(self, train_step, state, image_shape) -> jax.stages.Compiled:
         batch, layout = self._batch_size, self._layout
@@ -135,13 +139,18 @@ class Runner:
         return self._layout.put(jax.device_get(tree), self._layout.everywhere)
 
     def place(self, state: TrainState) -> TrainState:
-        """A state that every process holds whole, laid out as the program takes it."""
+        """A state that every process holds whole, laid out as the program takes it; used up."""
         if self._layout is None:
             return state
-        return self._layout.put(jax.device_get(state), self._layout.of_state(state))
+        placed = self._layout.put(jax.device_get(state), self._layout.of_state(state))
+        for leaf in jax.tree.leaves(state):
+            # Whoever still holds it would hold a device's memory.
+            if isinstance(leaf, jax.Array):
+                leaf.delete()
+        return placed
 
     def here(self, state: TrainState) -> TrainState:
-        """A state of `run`, whole and on one device; all processes have to call it."""
+        """A state of `run`, whole, see `Layout.here`; all processes have to call it."""
         return state if self._layout is None else self._layout.here(state)
 
     def run(

@@ -29,6 +29,7 @@ from jepa_jax.models import ModelFns
 from jepa_jax.paths import home_expanded
 from jepa_jax.plan import (
     Plan,
+    check_alike,
     claim_workdir,
     clean_images,
     initial_state,
@@ -258,6 +259,7 @@ def _run(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from, prof
         plan = make_plan(
             config, workdir, dataset, loss_fn, encoder, augment_fn, init_from, jax.devices()
         )
+        check_alike(plan)
 
     def opened():
         return checkpoint.Checkpoints(workdir)
@@ -273,8 +275,8 @@ def _run(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from, prof
         with phases("setup"):
             untrained = jax.device_get(variables_of(state))
             state, progress = starting_state(plan, kept, state)
-            if is_main() and is_resumed and not (workdir / "summary.json").exists():
-                store_where_it_goes_on(workdir)
+            if is_resumed:
+                on_main(lambda: _go_on(workdir))
         session.add(progress["total_seconds"])
         phases.add(progress["phases"])
         _print_header(plan, state, progress)
@@ -297,6 +299,12 @@ def _claimed(plan: Plan, checkpoints: checkpoint.Checkpoints) -> bool:
     is_resumed = checkpoints.latest_step() is not None
     claim_workdir(plan, is_resumed)
     return is_resumed
+
+
+def _go_on(workdir: pathlib.Path) -> None:
+    """Stores where, of a run that is not finished."""
+    if not (workdir / "summary.json").exists():
+        store_where_it_goes_on(workdir)
 
 
 def _summary(plan, state, untrained, progress, session, phases) -> dict[str, Any]:

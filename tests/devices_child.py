@@ -11,7 +11,7 @@ import jax
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-# Steps of several devices that overlap could wait for each other's threads on few cores.
+# As device.prepare does for several devices that XLA_FLAGS asks for.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 # ruff: noqa: E402
@@ -37,6 +37,8 @@ VARIANTS = {
     "resident": (8, {"data.placement": "device"}),
     "streamed": (8, {"data.placement": "stream"}),
     "shared state": (8, {"training.shard_params": True}),
+    "one device, in pieces": (1, {"training.microbatches": 5}),
+    "in pieces": (8, {"training.microbatches": 5}),
     "scanned": (8, {"training.scan_steps": 2}),
 }
 
@@ -51,6 +53,7 @@ def plan_of(dataset, num_devices, overrides):
 def trained(plan):
     """The losses of 20 steps, and where the arrays of the state lie."""
     state = initial_state(plan)
+    shapes = jax.tree.leaves(jax.eval_shape(lambda: state))
     runner = make_runner(plan, state)
     state, losses = runner.place(state), []
     for epoch in range(plan.num_epochs):
@@ -64,7 +67,10 @@ def trained(plan):
         "flops": runner.program.cost_analysis()["flops"],
         "bytes": sum(leaf.addressable_data(0).nbytes for leaf in jax.tree.leaves(state.opt_state)),
         "all_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)),
-        "is_one_device": all(len(leaf.devices()) == 1 for leaf in leaves),
+        "is_whole": all(
+            leaf.shape == like.shape and (isinstance(leaf, np.ndarray) or len(leaf.devices()) == 1)
+            for leaf, like in zip(leaves, shapes, strict=True)
+        ),
         "step": int(here.step),
     }
 

@@ -42,9 +42,10 @@ def on_devices():
     return json.loads(child.stdout)
 
 
-@pytest.mark.parametrize("how", ["resident", "streamed", "shared state", "scanned"])
+@pytest.mark.parametrize("how", ["resident", "streamed", "shared state", "scanned", "in pieces"])
 def test_eight_devices_learn_what_one_does(on_devices, how):
-    one, eight = on_devices["one device"], on_devices[how]
+    one = on_devices["one device, in pieces" if how == "in pieces" else "one device"]
+    eight = on_devices[how]
     assert len(eight["losses"]) == eight["step"] == 20
     np.testing.assert_allclose(eight["losses"], one["losses"], rtol=1e-5)
     assert one["losses"][0] - one["losses"][-1] > 0.01  # it did learn: a constant is always equal
@@ -67,8 +68,8 @@ def test_shard_params_divides_the_optimisers_state(on_devices):
 
 
 @pytest.mark.parametrize("how", ["one device", "resident", "shared state"])
-def test_a_state_is_brought_together_on_one_device(on_devices, how):
-    assert on_devices[how]["is_one_device"]
+def test_a_state_is_brought_together(on_devices, how):
+    assert on_devices[how]["is_whole"]
 
 
 @pytest.mark.parametrize(
@@ -115,8 +116,10 @@ def test_a_process_of_its_own_joins_nothing(monkeypatch, environment):
     assert distributed.is_main()
 
 
-def test_a_launcher_without_the_rest_of_its_environment_is_one_line(monkeypatch):
-    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "JOB_COMPLETION_INDEX"])
+def test_a_launcher_without_the_rest_of_its_environment_is_one_line(monkeypatch, name):
+    """Not N processes that each train all of it."""
+    monkeypatch.setenv(name, "2")
     with pytest.raises(ConfigError, match="did not come together"):
         distributed.initialize()
 
@@ -188,8 +191,8 @@ def free_port(among=(0,)):
     raise OSError("no port is free")
 
 
-def start(data, workdir, num_processes, *flags):
-    """The command in so many processes of 127.0.0.1."""
+def start(data, workdir, num_processes, *flags, of_the_last=()):
+    """The command in so many processes of 127.0.0.1, the last with further flags."""
     port = free_port()
     command = [sys.executable, "-m", "jepa_jax.main", "--config=configs/cpu.py"]
     command += [*WIDE, f"--workdir={workdir}", *flags]
@@ -202,7 +205,9 @@ def start(data, workdir, num_processes, *flags):
         ]
         children.append(
             subprocess.Popen(
-                command + shared * (num_processes > 1),
+                command
+                + shared * (num_processes > 1)
+                + [*of_the_last] * (process_id == num_processes - 1),
                 cwd=ROOT,
                 env={**os.environ, "EBJEPA_DSETS": str(data)},
                 stdout=subprocess.PIPE,
@@ -248,7 +253,7 @@ def runs(data, tmp_path_factory):
     shutil.copytree(folder / "killed", folder / "on one")
     ends["again"] = ended(start(data, folder / "killed", 2, STREAMED))
     ends["on one"] = ended(start(data, folder / "on one", 1))
-    children = start(data, folder / "stopped", 2)
+    children = start(data, folder / "stopped", 2, "--config.training.shard_params=True")
     wait_for_epochs(folder / "stopped", 1, children)
     children[1].send_signal(signal.SIGTERM)
     ends["stopped"] = ended(children)
@@ -298,6 +303,9 @@ def test_sigterm_to_one_process_saves_and_ends_both(runs):
     assert [end[0] for end in ends["stopped"]] == [128 + signal.SIGTERM] * 2
     stopped = re.search(r"error: stopped at step (\d+) of 16 and saved it", ends["stopped"][0][2])
     assert stopped and (folder / "stopped" / "checkpoints" / stopped[1]).is_dir()
+    # Their state was divided between them, and learnt what a whole one does.
+    begun = losses(folder / "stopped")
+    np.testing.assert_allclose(begun, losses(folder / "two")[: len(begun)], rtol=1e-5)
 
 
 def test_an_error_of_process_0_ends_the_other(data, runs):
@@ -384,3 +392,12 @@ def test_a_job_goes_back_into_the_queue_if_it_was_told_to_stop(tmp_path, script,
     assert lines[0].startswith("srun") and lines[0].endswith("--config=configs/cpu.py")
     number = "17_2" if "sweep" in script else "17"
     assert lines[1:] == ([f"scontrol requeue {number}"] if code == 143 else [])
+
+
+def test_processes_that_would_not_do_the_same_are_refused(data, tmp_path):
+    children = start(data, tmp_path / "run", 2, of_the_last=["--config.optim.lr=0.5"])
+    (main, other) = ended(children)
+    assert (main[0], other[0]) == (2, 2)
+    assert "do not have the same config" in main[2].splitlines()[-1]
+    assert other[2].splitlines()[-1].endswith("optim.lr: 0.02 -> 0.5")
+    assert not (tmp_path / "run" / "config.json").exists()
