@@ -338,9 +338,15 @@ def random_view(
 
 
 def to_float(images: jax.Array) -> jax.Array:
-    """uint8 images to float32 in [0, 1]; float images are taken to be in [0, 1] already."""
+    """uint8 images to float32 in [0, 1]; float images are taken to be in [0, 1] already.
+
+    Raises:
+      ValueError: for whole numbers of another type, of which nobody can tell.
+    """
     if images.dtype == jnp.uint8:
         return images.astype(jnp.float32) / 255.0
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images must be uint8 or floats in [0, 1], got {images.dtype}")
     return images.astype(jnp.float32)
 
 

@@ -1,6 +1,7 @@
 """What every command shares: one line on stderr and a non-zero exit for what a person can mend."""
 
 import argparse
+import atexit
 import contextlib
 import os
 import pathlib
@@ -90,6 +91,10 @@ def ends_at_once() -> Iterator[None]:
         end_at_last = threading.Timer(_MOST_SECONDS_TO_END, os._exit, (code,))
         end_at_last.daemon = True
         end_at_last.start()
+        if code > 128:
+            # What XLA had under way goes on, and would read what the interpreter takes apart.
+            atexit._run_exitfuncs()
+            os._exit(code)
 
 
 class _Terminated(KeyboardInterrupt):

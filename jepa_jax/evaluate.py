@@ -24,7 +24,7 @@ from jepa_jax import device
 from jepa_jax.api import described_encoder, read_run
 from jepa_jax.checkpoint import Checkpoints, check_shapes, load_tree, shapes_of
 from jepa_jax.command import Parser, ends_at_once, errors_as_lines, with_huge_pages
-from jepa_jax.data import Dataset
+from jepa_jax.data import FOLDER_PREFIX, Dataset
 from jepa_jax.errors import CheckpointError, ConfigError, DataError
 from jepa_jax.evaluation import (
     HEALTH_NAMES,
@@ -94,9 +94,9 @@ def evaluate_run(
         dataset = _own_dataset(workdir, stored, data_dir)
     elif isinstance(dataset, str):
         on_progress("reading the dataset")
-        dataset = _other_dataset(dataset, config, data_dir)
+        dataset = _other_dataset(dataset, config, data_dir, stored["dataset"]["image_shape"])
     dataset = _cut_as(stored, dataset)
-    is_own = stored["dataset"] == _identity(dataset)
+    is_own = stored["dataset"] == dataset.identity
     state = {} if step is None else load_tree(workdir / "checkpoints" / str(step))
     has_encoder = which == "latest" and (workdir / "encoder").is_dir()
     found = load_tree(workdir / "encoder") if has_encoder else state
@@ -150,15 +150,6 @@ def _fitting(
     return found
 
 
-def _identity(dataset: Dataset) -> dict[str, Any]:
-    """What config.json says of the dataset that a run was trained on."""
-    return {
-        "name": dataset.name,
-        "num_train": len(dataset.train_images),
-        "image_shape": list(dataset.image_shape),
-    }
-
-
 def _cut_as(stored: dict[str, Any], dataset: Dataset) -> Dataset:
     """The dataset with as many training images as the run used, if it is the run's own."""
     # .get: an older run has no such key.
@@ -187,9 +178,15 @@ def _own_dataset(workdir: pathlib.Path, stored: dict[str, Any], data_dir: str) -
     return _cut_as(stored, dataset)
 
 
-def _other_dataset(name: str, config: ConfigDict, data_dir: str) -> Dataset:
-    """A dataset that the run was not trained on, its images brought to the size of the run's."""
-    return load_fitting(name, data_dir=data_dir, image_size=config.data.get("image_size", 0))
+def _other_dataset(name: str, config: ConfigDict, data_dir: str, image_shape: list[int]) -> Dataset:
+    """A dataset that the run was not trained on, its images brought to the size of the run's.
+
+    Of a folder in any case: its images seldom share one.
+    """
+    size = config.data.get("image_size", 0)
+    if name.startswith(FOLDER_PREFIX):
+        size = size or image_shape[0]
+    return load_fitting(name, data_dir=data_dir, image_size=size)
 
 
 def _step_of(workdir: pathlib.Path, which: str) -> int | None:
@@ -326,7 +323,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m jepa_jax.evaluate", description=_DESCRIPTION)
     parser.add_argument("--workdir", required=True, help="the run's folder")
     parser.add_argument("--checkpoint", default="latest", help="latest, best, or a step")
-    parser.add_argument("--dataset", help="a tfds dataset in place of the run's own")
+    parser.add_argument(
+        "--dataset", help="in place of the run's own: a tfds dataset, or folder:/path/to/images"
+    )
     parser.add_argument("--data_dir", default="", help="where datasets lie")
     parser.add_argument(
         "--augmented_epochs",

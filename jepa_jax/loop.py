@@ -144,7 +144,9 @@ class _Loop:
         """Says how long the start took, once the first steps of this process are done."""
         if not self.has_stepped:
             self.has_stepped = True
-            compiling = self.phases.seconds["compile"]
+            # Without that of earlier processes, which came with the progress.
+            earlier = self.progress["phases"].get("compile", 0.0)
+            compiling = self.phases.seconds["compile"] - earlier
             say(
                 f"first step {self.session.running:.1f} s after the start, {compiling:.1f} s of "
                 "them for compiling it"

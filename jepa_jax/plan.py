@@ -236,7 +236,8 @@ def _check_sizes(config: ConfigDict, dataset: Dataset) -> None:
         which = "" if num_labelled == num_train else "labelled "
         raise ConfigError(
             f"config.data.num_val ({config.data.num_val}) leaves none of the {num_labelled} "
-            f"{which}training images of {dataset.name} to the probes"
+            f"{which}training images of {dataset.name} to the probes: a fifth of them is "
+            f"--config.data.num_val={max(num_labelled // 5, 1)}"
         )
 
 
@@ -453,11 +454,7 @@ def _identity(plan: Plan) -> dict[str, Any]:
     """What a run is, as its config.json says it."""
     return {
         "config": json.loads(plan.config.to_json()),
-        "dataset": {
-            "name": plan.dataset.name,
-            "num_train": len(plan.dataset.train_images),
-            "image_shape": list(plan.dataset.image_shape),
-        },
+        "dataset": plan.dataset.identity,
         "custom": plan.custom,
         "init_from": plan.init_from,
     }

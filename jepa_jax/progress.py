@@ -85,7 +85,7 @@ class Progress:
         )
         self._shown: dict[str, str] = {}
         self._announced = False
-        self._steps, self._seconds = 0, 0.0
+        self._steps, self._seconds, self._is_first = 0, 0.0, True
 
     def update(self, num_steps: int, seconds: float, loss: float) -> None:
         """Counts `num_steps` more steps that took `seconds`, the last with this loss."""
@@ -100,6 +100,9 @@ class Progress:
 
     def expect(self, num_steps: int, seconds: float, steps_left: int) -> None:
         """Says once, a few seconds into the training, how long it will take."""
+        if self._is_first:  # the slowest of all: it waits for whatever is to start
+            self._is_first = False
+            return
         self._steps, self._seconds = self._steps + num_steps, self._seconds + seconds
         if not self._announced and self._seconds > _SURE_AFTER_SECONDS:
             self._announced = True

@@ -149,7 +149,7 @@ def _print_header(plan: Plan, state: TrainState, progress: dict[str, Any]) -> No
     lines = {
         "device": _described(plan.layout),
         "data": f"{dataset.name}, {len(dataset.train_images)} training images of {height}x{width}, "
-        f"{num_test} test images, {place}",
+        f"{num_test} test images, {_classes(dataset)}, {place}",
         "model": f"{plan.custom.get('encoder', config.model.type)}, {parameters:,} parameters, "
         f"computing in {compute_dtype(config).__name__}",
         "loss": plan.custom.get(
@@ -170,6 +170,14 @@ def _print_header(plan: Plan, state: TrainState, progress: dict[str, Any]) -> No
         say(f"{name:<10}{text}")
     if warning:
         say(f"{'warning':<10}{warning}")
+
+
+def _classes(dataset: Dataset) -> str:
+    names = dataset.label_names
+    if dataset.train_labels is None or not names:
+        return "no labels"
+    shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+    return f"{len(names)} class{'es' * (len(names) != 1)} ({shown})"
 
 
 def _described(layout: Layout) -> str:

@@ -106,11 +106,36 @@ def test_test_comes_before_validation_and_another_name_before_both(tmp_path):
     assert load(tmp_path, train_split="more").train_labels is None
 
 
-def test_train_alone_is_a_split_and_beside_another_class_a_class(tmp_path):
-    write(tmp_path, {"train/a/1.png": 1, "train/b/2.png": 2})
+def test_train_alone_is_a_split_and_never_a_class(tmp_path):
+    write(tmp_path, {"train/a/1.png": 1, "train/b/2.png": 2, "README.txt": 1})
     assert load(tmp_path).label_names == ("a", "b")
     write(tmp_path, {"plane/3.png": 3})
-    assert load(tmp_path).label_names == ("plane", "train")
+    with pytest.raises(DataError, match="train in .* looks like a split and not like a class"):
+        load(tmp_path)
+    assert load(tmp_path, train_split="plane").train_labels is None
+
+
+def test_test_images_in_one_other_folder_have_no_labels(tmp_path):
+    """As those of Tiny ImageNet and of many contests."""
+    write(tmp_path, {"train/a/1.png": 1, "train/b/2.png": 2, "test/images/3.png": 3})
+    dataset = load(tmp_path)
+    assert dataset.test_labels is None and shades(dataset.test_images) == [3]
+
+
+@pytest.mark.parametrize("other", ["unlabelled_split", "test_split"])
+def test_no_image_is_in_two_splits(tmp_path, other):
+    write(tmp_path, {"train/a/1.png": 1, "train/b/2.png": 2, "test/a/3.png": 3})
+    with pytest.raises(DataError, match="train/a/1.png in .* is in two splits"):
+        load(tmp_path, **{other: "train"})
+
+
+def test_the_names_of_the_files_are_a_part_of_what_a_dataset_is(tmp_path):
+    write(tmp_path, {"cat/1.png": 1, "dog/2.png": 2, "eel/3.png": 3})
+    before = load(tmp_path).identity
+    assert load(tmp_path).identity == before
+    (tmp_path / "cat").rename(tmp_path / "zebra")
+    assert load(tmp_path).identity["num_train"] == before["num_train"]
+    assert load(tmp_path).identity != before
 
 
 def test_an_unlabelled_folder_is_trained_on_without_labels(tmp_path):
@@ -143,13 +168,15 @@ def test_what_a_file_is_its_content_says(tmp_path):
     assert shades(load(tmp_path).train_images) == [7, 7]
 
 
-def test_links_are_followed_and_never_round_in_circles(tmp_path):
+def test_links_are_followed_and_never_round_in_circles(tmp_path, capsys):
     write(tmp_path, {"data/a/1.png": 1, "elsewhere/2.png": 2})
     (tmp_path / "data" / "b").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data" / "a" / "up").symlink_to(tmp_path / "data")
     (tmp_path / "data" / "a" / "gone.png").symlink_to(tmp_path / "nowhere")
-    dataset = load(tmp_path / "data")
-    assert dataset.label_names == ("a", "b") and shades(dataset.train_images) == [1, 2]
+    (tmp_path / "data" / "b" / "itself").symlink_to(tmp_path / "data" / "b" / "itself")
+    dataset = load(tmp_path / "data", max_broken=0.5)
+    assert dataset.label_names == ("a", "b") and shades(dataset.train_images) == [1, 1, 2]
+    assert "gone.png: No such file" in capsys.readouterr().out
 
 
 def test_scanning_opens_no_file_whose_size_is_given(tmp_path, monkeypatch):
@@ -177,10 +204,10 @@ def test_paths_may_have_spaces_and_begin_at_home(tmp_path, monkeypatch):
         (
             {"train/1.png": 1},
             {"unlabelled_split": "u"},
-            "data.unlabelled_split=u is not .* there are: train$",
+            "data.unlabelled_split=u is not .* there are: train .--config.data.unlabelled_split=",
         ),
         (
-            {"train/a/1.png": 1, "train/b/2.png": 2, "test/c/3.png": 3},
+            {"train/a/1.png": 1, "train/b/2.png": 2, "test/a/3.png": 3, "test/c/4.png": 4},
             {},
             "have the class 'c', which no training image has",
         ),
@@ -454,7 +481,8 @@ def stopped_after(step, original):
 def test_the_commands_take_the_run_of_a_folder(run, cifar_folder, capsys):
     workdir = run("labelled", cifar_folder, optim__epochs=1.0)
     identity = {"name": f"folder:{cifar_folder}", "num_train": 400, "image_shape": [32, 32, 3]}
-    assert read_json(workdir / "config.json")["dataset"] == identity
+    stored = read_json(workdir / "config.json")["dataset"]
+    assert stored.pop("fingerprint") and stored == identity
     evaluation = evaluate_run(workdir, parts=("ridge",))
     assert evaluation["probes"]["ridge"]["encoder"]["test"]["count"] == 200
     assert evaluation["dataset"]["label_names"] == sorted(LABEL_NAMES)

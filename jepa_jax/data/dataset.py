@@ -1,6 +1,7 @@
 """A dataset of images and labels, as arrays in memory or as records read when they are needed."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ class Dataset:
       train_labels: int32 [N] in [0, num_classes), -1 where there is none; None without labels.
       test_images, test_labels: the same, or None.
       label_names: one a class.
+      fingerprint: of what else makes it this dataset, as the names of its files; '' for nothing.
     """
 
     name: str
@@ -27,10 +29,22 @@ class Dataset:
     test_images: np.ndarray | Records | None = dataclasses.field(repr=False)
     test_labels: np.ndarray | None = dataclasses.field(repr=False)
     label_names: tuple[str, ...]
+    fingerprint: str = ""
 
     @property
     def num_classes(self) -> int:
         return len(self.label_names)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a run stores of the dataset that it belongs to."""
+        fingerprint = {"fingerprint": self.fingerprint} if self.fingerprint else {}
+        return {
+            "name": self.name,
+            "num_train": len(self.train_images),
+            "image_shape": list(self.image_shape),
+            **fingerprint,
+        }
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

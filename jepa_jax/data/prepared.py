@@ -43,8 +43,10 @@ def copies(root: pathlib.Path, name: str) -> dict[pathlib.Path, str]:
     """
     match = _NAME.fullmatch(name)
     if match is None:
+        of_images = f", and a folder of images as folder:{name}" if os.path.isdir(name) else ""
         raise DataError(
             f"{name!r} is not a dataset name: write it as name, name/config or name:1.0.0"
+            f"{of_images}"
         )
     found = {}
     for home in (root, root / ARRAY_RECORD_HOME):

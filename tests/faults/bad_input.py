@@ -94,11 +94,21 @@ KINDS = {
     "one huge": ((10**6,), "(1000000,)"),
 }
 # What the documented rules allow of those, written down apart from the code that checks them.
-TEXTS = {"meta.model_folder", "data.data_dir", "data.dataset"}
+TEXTS = {
+    "meta.model_folder",
+    "data.data_dir",
+    "data.dataset",
+    "data.train_split",
+    "data.unlabelled_split",
+    "data.test_split",
+}
+NEVER_EMPTY = {"data.dataset", "data.train_split"}
 ZERO_IS_LEGAL = {
     "meta.seed",
     "data.view_size",
     "data.num_train",
+    "data.image_size",
+    "data.max_broken",
     "augment.jitter_prob",
     "augment.brightness",
     "augment.contrast",
@@ -107,6 +117,7 @@ ZERO_IS_LEGAL = {
     "augment.grayscale_prob",
     "augment.solarize_prob",
     "augment.flip_prob",
+    "augment.blur_prob",
     "model.expand_dim",
     "loss.sim_coeff",
     "loss.std_coeff",
@@ -131,6 +142,7 @@ TRUTHS = {
     "model.stem_pool",
     "training.use_amp",
     "training.remat",
+    "training.shard_params",
     "logging.log_wandb",
     "logging.log_tensorboard",
     "logging.stop_on_collapse",
@@ -142,8 +154,8 @@ def is_legal(key: str, kind: str, by_flag: bool) -> bool:
     """By the tables above; a flag's text is a text, and 0 is a way to write False."""
     if key in TEXTS:
         if by_flag:
-            return kind != "two lines" and not (key == "data.dataset" and kind == "empty")
-        return kind == "unicode" or (kind == "empty" and key != "data.dataset")
+            return kind != "two lines" and not (key in NEVER_EMPTY and kind == "empty")
+        return kind == "unicode" or (kind == "empty" and key not in NEVER_EMPTY)
     if kind == "zero":
         return key in ZERO_IS_LEGAL or (by_flag and key in TRUTHS)
     if kind in ("huge", "beyond float", "beyond printing"):
