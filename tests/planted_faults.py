@@ -366,15 +366,15 @@ FAULTS = [
     Fault(
         "the statistics of the second view are lost",
         "train_step.py",
-        "(_, z2), batch_stats = model.apply",
+        "(_, z2), stats = model.apply",
         "(_, z2), _ = model.apply",
         "test_train_step.py::test_a_step_equals_one_written_by_hand",
     ),
     Fault(
         "the probe's gradient reaches the encoder",
         "train_step.py",
-        "return loss, (terms, h1, batch_stats)",
-        "return loss + jnp.mean(h1), (terms, h1, batch_stats)",
+        "return loss, (terms, h1, stats)",
+        "return loss + jnp.mean(h1), (terms, h1, stats)",
         "test_train_step.py::test_a_step_equals_one_written_by_hand",
     ),
     Fault(
