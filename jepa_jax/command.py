@@ -81,10 +81,7 @@ def ends_at_once() -> Iterator[None]:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         raise
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            # A pipe that nobody reads any more; closed, or none at all.
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                stream.flush()
+        _flush()
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:  # of a job in the background
                 signal.signal(number, signal.SIG_DFL)
@@ -94,7 +91,15 @@ def ends_at_once() -> Iterator[None]:
         if code > 128:
             # What XLA had under way goes on, and would read what the interpreter takes apart.
             atexit._run_exitfuncs()
+            _flush()
             os._exit(code)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        # A pipe that nobody reads any more; closed, or none at all.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
 
 
 class _Terminated(KeyboardInterrupt):

@@ -105,6 +105,30 @@ def test_a_thread_that_never_ends_does_not_hold_up_the_end(what, code, line):
     assert (found.returncode, found.stderr) == (code, line)
 
 
+TAKES_APART = """
+import atexit
+from jepa_jax.command import ends_at_once
+class Held:
+    def __del__(self):
+        print("taken apart", flush=True)
+held = Held()
+atexit.register(print, "tidied up")
+with ends_at_once():
+    {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "said"),
+    [("pass", 0, "tidied up\ntaken apart\n"), ("raise KeyboardInterrupt", 130, "tidied up\n")],
+)
+def test_an_interrupted_command_is_not_taken_apart_under_what_still_runs(what, code, said):
+    found = subprocess.run(
+        [sys.executable, "-c", TAKES_APART.format(what)], capture_output=True, text=True
+    )
+    assert (found.returncode, found.stdout) == (code, said)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_python_tidies_up_ends_it_without_a_word(number):
     process = subprocess.Popen(
