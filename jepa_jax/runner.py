@@ -180,14 +180,12 @@ class Runner:
             rows = order[start : start + self.piece]
             padded = np.full((self.piece, order.shape[1]), -1, np.int32)
             padded[: len(rows)] = rows
-            padded = self._indices(padded, "batches")
+            padded = self._placed(padded, self._layout and self._layout.batches)
             state, metrics = self.program(state, *self._resident, padded, hparams)
             yield state, metrics, len(rows)
 
-    def _indices(self, rows: np.ndarray, kind: str) -> jax.Array:
-        if self._layout is None:
-            return jax.device_put(rows)
-        return self._layout.put(rows, getattr(self._layout, kind))
+    def _placed(self, rows: np.ndarray, where: jax.sharding.Sharding | None) -> jax.Array:
+        return jax.device_put(rows) if where is None else self._layout.put(rows, where)
 
     def _batches(self, order):
         layout = self._layout
@@ -200,4 +198,4 @@ class Runner:
             return
         gather = take if layout is None else self._take
         for row in order:
-            yield gather(*self._resident, self._indices(row, "batch"))
+            yield gather(*self._resident, self._placed(row, layout and layout.batch))

@@ -762,7 +762,7 @@ FAULTS = [
         "plan.py",
         "blur_kernel=blur_kernel(",
         "blur_kernel=0 * blur_kernel(",
-        "test_train.py::test_a_blur_of_the_config_reaches_the_views",
+        "test_train.py::test_the_configs_strengths_make_the_views",
     ),
     Fault(
         "views with a blur and without one in one program of a sweep",

@@ -674,26 +674,16 @@ def test_impossible_combinations_are_refused(run, overrides, message):
     assert "\n" not in str(refused.value)
 
 
-def test_the_configs_strengths_make_the_views(run):
+@pytest.mark.parametrize("name", ["flip_prob", "blur_prob"])
+def test_the_configs_strengths_make_the_views(run, name):
     """With every chance at 0 and the whole image as the crop, both views are the image."""
-    chances = ("jitter_prob", "grayscale_prob", "solarize_prob", "flip_prob")
-    weak = {"augment.scale": (1.0, 1.0), **{f"augment.{name}": 0.0 for name in chances}}
-    for flip_prob in (0.0, 0.5):
-        overrides = {**weak, "augment.flip_prob": flip_prob, "optim.epochs": 1.0}
-        _, workdir = run(str(flip_prob), overrides=overrides)
+    chances = ("jitter_prob", "grayscale_prob", "solarize_prob", "flip_prob", "blur_prob")
+    weak = {"augment.scale": (1.0, 1.0), **{f"augment.{chance}": 0.0 for chance in chances}}
+    for probability in (0.0, 0.5):
+        overrides = {**weak, f"augment.{name}": probability, "optim.epochs": 1.0}
+        _, workdir = run(f"{name}{probability}", overrides=overrides)
         row = read_metrics(workdir / "metrics.jsonl")[0]
-        assert (row["train/invariance_loss"] < 1e-10) == (flip_prob == 0)
-
-
-def test_a_blur_of_the_config_reaches_the_views(run):
-    """With all else off, of half of the views: the two of an image differ by it alone."""
-    chances = ("jitter_prob", "grayscale_prob", "solarize_prob", "flip_prob")
-    weak = {"augment.scale": (1.0, 1.0), **{f"augment.{name}": 0.0 for name in chances}}
-    for blur_prob in (0.0, 0.5):
-        overrides = {**weak, "augment.blur_prob": blur_prob, "optim.epochs": 1.0}
-        _, workdir = run(str(blur_prob), overrides=overrides)
-        row = read_metrics(workdir / "metrics.jsonl")[0]
-        assert (row["train/invariance_loss"] < 1e-10) == (blur_prob == 0)
+        assert (row["train/invariance_loss"] < 1e-10) == (probability == 0)
 
 
 def test_warmup_as_long_as_training_is_legal(run):
