@@ -29,7 +29,7 @@ BASE = {
     "model.width": 16,
     "model.proj_hidden_dim": 64,
     "model.proj_output_dim": 64,
-    "optim.lr": 0.02,
+    "optim.lr": 0.005,
     "optim.epochs": 10.0,
 }
 VARIANTS = {
