@@ -4,8 +4,9 @@
     python -m jepa_jax.main --config=configs/speedrun.py:92
 
 A length is named after the percentage that it is for: ridge regression on the 512 pooled features,
-at the last step of its own schedule. No length has been measured on a GPU: the epochs are leads
-from published runs, halved for four views, not findings of this repository. One command runs all:
+at the last step of its own schedule. On one H100, 80 reached 82.9 % in 40 s (2 seeds) and 55 only
+51.0 ± 3.6 % in 3 s (3 seeds); 90 and 92 have not been run. The epochs are leads from published
+runs, halved for four views. One command runs all:
 
     python -m benchmarks.lengths --config=configs/speedrun.py --workdir runs/speedrun --out all.json
 """
