@@ -161,7 +161,7 @@ def vicreg_loss(
 
 
 def random_directions(key: jax.Array, num_dims: int, num_directions: int, dtype) -> jax.Array:
-    """Unit vectors, uniform on the sphere, as the columns of [D, M]: a function of the key alone."""
+    """Unit vectors, uniform on the sphere, the columns of [D, M]: a function of the key alone."""
     directions = jax.random.normal(key, (num_dims, num_directions), dtype)
     return directions / jnp.linalg.norm(directions, axis=0, keepdims=True)
 

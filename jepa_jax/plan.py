@@ -54,6 +54,7 @@ from jepa_jax.train_step import (
     HParams,
     LossFn,
     TrainState,
+    check_scalars,
     create_train_state,
     fault_places,
     stream_key,
@@ -348,7 +349,7 @@ def make_plan(
             f"{dataset.name} at config.data.batch_size={config.data.batch_size} has "
             f"{steps_per_epoch}"
         )
-    return Plan(
+    plan = Plan(
         config=config,
         workdir=workdir,
         dataset=dataset,
@@ -363,6 +364,23 @@ def make_plan(
         custom={name: _name_of(thing) for name, thing in given.items() if thing is not None},
         layout=Layout(devices, config.training.shard_params),
     )
+    if ":" in plan.loss_type:
+        _check_own_loss(plan)
+    return plan
+
+
+def _check_own_loss(plan: Plan) -> None:
+    """Refuses what a config's my_module:my_loss returns if no step can take it."""
+    num_rows = plan.config.data.batch_size * plan.config.data.num_views // 2
+    z = jax.ShapeDtypeStruct((num_rows, plan.embedding_dim), jnp.float32)
+    found = jax.eval_shape(plan.loss_fn, jax.random.key(0), z, z, plan.hparams)
+    start = f"config.loss.type={plan.loss_type}:"
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
+        raise ConfigError(f"{start} it must return (loss, terms), terms being a dict of scalars")
+    try:
+        check_scalars(*found)
+    except ValueError as error:
+        raise ConfigError(f"{start} {error}") from error
 
 
 def initial_state(plan: Plan) -> TrainState:

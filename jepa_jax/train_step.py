@@ -186,7 +186,8 @@ def _check_rows(views: list[jax.Array], h: jax.Array, num_images: int) -> None:
         raise ValueError(f"the encoder gave {len(h)} representations of {len(views[0])} views")
 
 
-def _check_scalars(loss: jax.Array, terms: Metrics) -> None:
+def check_scalars(loss: jax.Array, terms: Metrics) -> None:
+    """ValueError unless a step can report them: scalars, under names that are not its own."""
     for name, value in {"loss": loss, **terms}.items():
         if jnp.shape(value):
             raise ValueError(f"loss_fn must return scalars; {name} has shape {jnp.shape(value)}")
@@ -333,7 +334,7 @@ def make_train_step(
         def score(z1, z2):
             with jax.named_scope("loss"):
                 loss, terms = loss_fn(loss_key, z1, z2, hparams)
-            _check_scalars(loss, terms)
+            check_scalars(loss, terms)
             return loss, terms
 
         return score

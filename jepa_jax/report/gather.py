@@ -89,10 +89,9 @@ class Run:
             return {}
         start = "loss."
         loss = {k.removeprefix(start): v for k, v in self.config.items() if k.startswith(start)}
-        weights = {
-            term: number(w)
-            for term, w in term_weights({**loss, "type": str(loss.get("type"))}).items()
-        }
+        # A damaged file may hold anything.
+        found = term_weights({**loss, "type": str(loss.get("type"))})
+        weights = {term: number(weight) for term, weight in found.items()}
         return weights if all(map(math.isfinite, weights.values())) else {}
 
     def seconds(self) -> dict[str, float]:
