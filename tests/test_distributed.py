@@ -42,9 +42,12 @@ def on_devices():
     return json.loads(child.stdout)
 
 
-@pytest.mark.parametrize("how", ["resident", "streamed", "shared state", "scanned", "in pieces"])
+@pytest.mark.parametrize(
+    "how", ["resident", "streamed", "shared state", "scanned", "in pieces", "sigreg", "simclr"]
+)
 def test_eight_devices_learn_what_one_does(on_devices, how):
-    one = on_devices["one device, in pieces" if how == "in pieces" else "one device"]
+    """SIGReg's random directions are equal on all, and SimCLR contrasts with the whole batch."""
+    one = on_devices.get(f"one device, {how}", on_devices["one device"])
     eight = on_devices[how]
     assert len(eight["losses"]) == eight["step"] == 20
     np.testing.assert_allclose(eight["losses"], one["losses"], rtol=1e-5)
