@@ -29,6 +29,7 @@ from jepa_jax.models import (
     block_expansion,
     linen_model,
 )
+from jepa_jax.objectives import OBJECTIVES, is_loss_type
 from jepa_jax.optim import OPTIMIZERS
 from jepa_jax.train_step import HParams
 
@@ -165,10 +166,18 @@ _KEYS = {
     "model.stem_pool": _FLAG,
     "model.expand_dim": _between(0, 2**16),
     "model.stem_init": _one_of("random", "whitening"),
-    "loss.type": _one_of("vicreg"),
+    "loss.type": _Key(
+        str, f"one of {', '.join(OBJECTIVES)}, or one's own as my_module:my_loss", is_loss_type
+    ),
     "loss.sim_coeff": _NOT_NEGATIVE,
     "loss.std_coeff": _NOT_NEGATIVE,
     "loss.cov_coeff": _NOT_NEGATIVE,
+    "loss.sigreg_coeff": _NOT_NEGATIVE,
+    "loss.num_directions": _between(1, 2**16),
+    "loss.redundancy_coeff": _NOT_NEGATIVE,
+    "loss.temperature": _Key(
+        float, "at least 0.001 and at most 1,000", lambda value: 1e-3 <= value <= 1e3
+    ),
     "optim.name": _one_of(*OPTIMIZERS),
     "optim.epochs": _Key(
         float, f"above 0 and at most {_MOST_EPOCHS:,}", lambda value: 0 < value <= _MOST_EPOCHS
@@ -286,7 +295,8 @@ def _check_value(name: str, value: Any) -> None:
     if not key.is_legal(value):
         near = ""
         if key.type is str:
-            near = nearest(value, key.rule.removeprefix("one of ").split(", "))
+            names = key.rule.removeprefix("one of ").partition(", or ")[0]
+            near = nearest(value, names.split(", "))
         raise ConfigError(f"config.{name} must be {key.rule}, got {_shown(value)}{near}")
 
 
@@ -444,6 +454,9 @@ def hparams_from(config: ConfigDict, steps_per_epoch: int) -> HParams:
         "sim_coeff": loss.sim_coeff,
         "std_coeff": loss.std_coeff,
         "cov_coeff": loss.cov_coeff,
+        "sigreg_coeff": loss.sigreg_coeff,
+        "redundancy_coeff": loss.redundancy_coeff,
+        "temperature": loss.temperature,
         "probe_lr": optim.probe_lr,
         "late_epoch_steps": steps_per_epoch if optim.schedule == "late_epoch" else 0,
     }

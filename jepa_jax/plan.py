@@ -45,6 +45,7 @@ from jepa_jax.errors import CheckpointError, ConfigError
 from jepa_jax.evaluation import has_labels
 from jepa_jax.metrics import read_json, write_json
 from jepa_jax.models import Encoder, patch_whitening_kernel
+from jepa_jax.objectives import make_loss_fn, term_weights
 from jepa_jax.paths import home_expanded
 from jepa_jax.progress import say
 from jepa_jax.representation import labelled, split_validation
@@ -53,11 +54,12 @@ from jepa_jax.train_step import (
     HParams,
     LossFn,
     TrainState,
+    check_scalars,
     create_train_state,
     fault_places,
     stream_key,
-    vicreg,
 )
+from jepa_jax.watch import loss_balance
 
 # Enough clean images for BatchNorm's moments and a stem's eigenvectors, cheap on any machine.
 _NUM_CLEAN_IMAGES = 2000
@@ -132,10 +134,22 @@ class Plan:
         return math.ceil(self.num_steps / self.steps_per_epoch)
 
     @property
+    def loss_type(self) -> str:
+        """The config's; '' where a loss was given in its place."""
+        return "" if "loss_fn" in self.custom else self.config.loss.type
+
+    @property
     def loss_weights(self) -> dict[str, float]:
-        """sim_coeff, std_coeff and cov_coeff."""
-        loss = self.config.loss
-        return {name: loss[name] for name in ("sim_coeff", "std_coeff", "cov_coeff")}
+        """The weight of every term, by name; {} of a loss of one's own."""
+        return term_weights(self.config.loss) if self.loss_type else {}
+
+    @property
+    def balance(self) -> tuple[str, str]:
+        """Of `loss_balance`, for VICReg's weights; two empty texts for another loss."""
+        if self.loss_type != "vicreg":
+            return "", ""
+        loss, names = self.config.loss, ("sim_coeff", "std_coeff", "cov_coeff")
+        return loss_balance(self.embedding_dim, **{name: loss[name] for name in names})
 
     @property
     def feature_dim(self) -> int:
@@ -335,7 +349,7 @@ def make_plan(
             f"{dataset.name} at config.data.batch_size={config.data.batch_size} has "
             f"{steps_per_epoch}"
         )
-    return Plan(
+    plan = Plan(
         config=config,
         workdir=workdir,
         dataset=dataset,
@@ -345,11 +359,28 @@ def make_plan(
         placement=placement,
         scan_steps=scan_steps,
         augment_fn=augment_fn,
-        loss_fn=loss_fn or functools.partial(vicreg, num_pairs=config.data.num_views // 2),
+        loss_fn=loss_fn or make_loss_fn(config.loss, config.data.num_views // 2),
         init_from=init_from or "",
         custom={name: _name_of(thing) for name, thing in given.items() if thing is not None},
         layout=Layout(devices, config.training.shard_params),
     )
+    if ":" in plan.loss_type:
+        _check_own_loss(plan)
+    return plan
+
+
+def _check_own_loss(plan: Plan) -> None:
+    """Refuses what a config's my_module:my_loss returns if no step can take it."""
+    num_rows = plan.config.data.batch_size * plan.config.data.num_views // 2
+    z = jax.ShapeDtypeStruct((num_rows, plan.embedding_dim), jnp.float32)
+    found = jax.eval_shape(plan.loss_fn, jax.random.key(0), z, z, plan.hparams)
+    start = f"config.loss.type={plan.loss_type}:"
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
+        raise ConfigError(f"{start} it must return (loss, terms), terms being a dict of scalars")
+    try:
+        check_scalars(*found)
+    except ValueError as error:
+        raise ConfigError(f"{start} {error}") from error
 
 
 def initial_state(plan: Plan) -> TrainState:

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jepa_jax.losses import vicreg_loss
 from jepa_jax.models import ModelFns, normalize
+from jepa_jax.objectives import vicreg
 from jepa_jax.optim import create_optimizer, late_epoch_warmup_cosine, warmup_cosine
 
 Metrics = dict[str, jax.Array]
@@ -49,6 +49,9 @@ class HParams:
     cov_coeff: jax.typing.ArrayLike
     probe_lr: jax.typing.ArrayLike
     late_epoch_steps: jax.typing.ArrayLike = 0.0
+    sigreg_coeff: jax.typing.ArrayLike = 10.0
+    redundancy_coeff: jax.typing.ArrayLike = 5e-3
+    temperature: jax.typing.ArrayLike = 0.5
     augment: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -80,19 +83,6 @@ def stream_key(seed: jax.typing.ArrayLike, stream: str, index: jax.typing.ArrayL
     """The key of draw `index` (a step or an epoch) of the stream called `stream`."""
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stream.encode()))
     return jax.random.fold_in(key, index)
-
-
-def vicreg(key: jax.Array, z1: jax.Array, z2: jax.Array, hparams: HParams, *, num_pairs: int = 1):
-    """`vicreg_loss` in the form of the loss seam: (key, z1, z2, hparams) -> (loss, terms)."""
-    del key
-    return vicreg_loss(
-        z1,
-        z2,
-        sim_coeff=hparams.sim_coeff,
-        std_coeff=hparams.std_coeff,
-        cov_coeff=hparams.cov_coeff,
-        num_pairs=num_pairs,
-    )
 
 
 def learning_rate(hparams: HParams, step: jax.typing.ArrayLike) -> jax.Array:
@@ -196,7 +186,8 @@ def _check_rows(views: list[jax.Array], h: jax.Array, num_images: int) -> None:
         raise ValueError(f"the encoder gave {len(h)} representations of {len(views[0])} views")
 
 
-def _check_scalars(loss: jax.Array, terms: Metrics) -> None:
+def check_scalars(loss: jax.Array, terms: Metrics) -> None:
+    """ValueError unless a step can report them: scalars, under names that are not its own."""
     for name, value in {"loss": loss, **terms}.items():
         if jnp.shape(value):
             raise ValueError(f"loss_fn must return scalars; {name} has shape {jnp.shape(value)}")
@@ -343,7 +334,7 @@ def make_train_step(
         def score(z1, z2):
             with jax.named_scope("loss"):
                 loss, terms = loss_fn(loss_key, z1, z2, hparams)
-            _check_scalars(loss, terms)
+            check_scalars(loss, terms)
             return loss, terms
 
         return score

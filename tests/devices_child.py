@@ -40,6 +40,10 @@ VARIANTS = {
     "one device, in pieces": (1, {"training.microbatches": 5}),
     "in pieces": (8, {"training.microbatches": 5}),
     "scanned": (8, {"training.scan_steps": 2}),
+    "one device, sigreg": (1, {"loss.type": "sigreg", "optim.epochs": 2.0}),
+    "sigreg": (8, {"loss.type": "sigreg", "optim.epochs": 2.0}),
+    "one device, simclr": (1, {"loss.type": "simclr", "optim.epochs": 2.0}),
+    "simclr": (8, {"loss.type": "simclr", "optim.epochs": 2.0}),
 }
 
 

@@ -35,6 +35,34 @@ class Fault:
 
 FAULTS = [
     Fault(
+        "the last knot at its full weight",
+        "losses.py",
+        "(2 * spacing * normal).at[-1].multiply(0.5)",
+        "2 * spacing * normal",
+        "test_losses_beside_vicreg.py::test_value_and_terms_are_those_of_the_definition",
+    ),
+    Fault(
+        "SimCLR contrasts a row with itself",
+        "losses.py",
+        "jnp.where(is_self, -jnp.inf, scores)",
+        "scores",
+        "test_losses_beside_vicreg.py::test_value_and_terms_are_those_of_the_definition",
+    ),
+    Fault(
+        "LeJEPA's statistic without N",
+        "losses.py",
+        "views.shape[1] * statistic",
+        "statistic",
+        "test_losses_beside_vicreg.py::test_lejepas_term_counts_the_images",
+    ),
+    Fault(
+        "the number of pairs does not reach the loss",
+        "objectives.py",
+        "num_pairs=num_pairs, **sizes)",
+        "num_pairs=1, **sizes)",
+        "test_objectives.py::test_every_name_is_its_loss_with_the_coefficients_of_the_step",
+    ),
+    Fault(
         "a sign: the views are added",
         "losses.py",
         "jnp.square(z1 - z2)",

@@ -26,6 +26,7 @@ FLOORS = (
         "environment",
         "metrics",
         "models",
+        "objectives",
         "profile",
         "random_patches",
     },

@@ -51,6 +51,15 @@ def test_eight_devices_learn_what_one_does(on_devices, how):
     assert one["losses"][0] - one["losses"][-1] > 0.01  # it did learn: a constant is always equal
 
 
+@pytest.mark.parametrize("how", ["sigreg", "simclr"])
+def test_eight_devices_have_the_loss_of_one_under_other_objectives(on_devices, how):
+    """SIGReg's random directions are equal on all, and SimCLR contrasts with the whole batch."""
+    one, eight = (on_devices[name]["losses"] for name in (f"one device, {how}", how))
+    assert len(eight) == len(one) == 4
+    np.testing.assert_allclose(eight[0], one[0], rtol=2e-5)
+    np.testing.assert_allclose(eight, one, rtol=5e-4)  # steps multiply what the first one rounds
+
+
 def test_every_device_does_its_share(on_devices):
     for how in ("resident", "streamed", "shared state", "scanned"):
         assert on_devices[how]["flops"] < 1.1 / 8 * on_devices["one device"]["flops"], how

@@ -10,6 +10,7 @@ import pytest
 
 import jepa_jax
 from jepa_jax import train
+from jepa_jax.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -50,6 +51,21 @@ def test_every_snippet_runs(snippet, workdir, cifar_arrays, tiny_config, monkeyp
             assert not jnp.array_equal(new, params)
     if "h" in names:
         assert names["h"].shape == (128, 8)
+
+
+def test_the_loss_of_ones_own_trains_by_its_path(tiny_config, small_cifar, tmp_path, monkeypatch):
+    """The README's file under the name that it has there, by the flag that follows it."""
+    (snippet,) = [snippet for snippet in SNIPPETS if "# my_module.py" in snippet]
+    (path,) = re.findall(r"--config\.loss\.type=(\w+:\w+)", README)
+    (tmp_path / "my_module.py").write_text(snippet)
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config.copy_and_resolve_references()
+    config.loss.type, config.optim.epochs = path, 1.0
+    train.train_and_evaluate(config, "run", dataset=small_cifar)
+    (row,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    total = row["train/pull"] * config.loss.sim_coeff
+    total += row["train/spread"] * config.loss.std_coeff
+    assert row["train/loss"] == pytest.approx(total, rel=1e-5)
 
 
 def test_there_are_snippets_for_the_encoder_and_for_a_hand_written_step():

@@ -141,6 +141,7 @@ def count(
 ) -> dict[str, Any]:
     """FLOPs and bytes of a training step.
 
+    The loss is VICReg's; that of others is as small beside the network, and not counted apart.
     The covariance of B embeddings of D dimensions is D x D, or for B < D the Gram matrix B x B
     with the same norm: min(B, D) * D multiply-adds an embedding.
 

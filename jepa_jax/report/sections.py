@@ -430,6 +430,8 @@ def _equation(run: Run) -> str:
 
 def _balance(run: Run) -> str:
     """What is odd about the weights, against VICReg's paper; '' if nothing is."""
+    if run.config.get("loss.type") != "vicreg":
+        return ""
     weights = list(run.weights().values())
     num_dims = number(run.evaluation.get("embedding_dim"))
     if not math.isfinite(num_dims):

@@ -122,6 +122,8 @@ ZERO_IS_LEGAL = {
     "loss.sim_coeff",
     "loss.std_coeff",
     "loss.cov_coeff",
+    "loss.sigreg_coeff",
+    "loss.redundancy_coeff",
     "optim.weight_decay",
     "optim.momentum",
     "optim.warmup_epochs",
