@@ -28,6 +28,7 @@ FLOORS = (
         "models",
         "profile",
         "random_patches",
+        "vit",
     },
     {"interop", "representation", "sgd_probe", "train_step"},  # pure training and features
     {"config", "divergence", "evaluation", "runner", "watch"},
