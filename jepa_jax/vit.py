@@ -87,9 +87,7 @@ class TransformerBlock(nn.Module):
         y = _layer_norm(x, "attention_norm")
         qkv = dense(3 * dim, kernel_init=_separate_xavier, name="qkv")(y)
         qkv = qkv.reshape(batch, num_tokens, 3, self.num_heads, dim // self.num_heads)
-        # JAX's own asks for a wider type for the logits in a way that strict promotion refuses.
-        with jax.numpy_dtype_promotion("standard"):
-            y = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        y = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         x = x + dense(dim, name="attention_out")(y.reshape(batch, num_tokens, dim))
         y = _layer_norm(x, "mlp_norm")
         y = nn.gelu(dense(int(self.mlp_ratio * dim), name="mlp_in")(y), approximate=False)
