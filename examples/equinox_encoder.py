@@ -24,11 +24,21 @@ class ConvNet(eqx.Module):
 
 
 def create() -> EncoderFns:
-    def make(key):
-        model, state = eqx.nn.make_with_state(ConvNet)(key)
-        return eqx.filter(model, eqx.is_inexact_array), state
+    make = eqx.nn.make_with_state(ConvNet)
+    arrays, rest = eqx.partition(make(jax.random.key(0)), eqx.is_array)
 
-    model, state = eqx.nn.make_with_state(ConvNet)(jax.random.key(0))
-    static = eqx.partition(model, eqx.is_inexact_array)[1]
-    # Checkpoints hold trees of dicts: the arrays by number, and what puts them together again.
-    trees = {"params": eqx.filter(model, eqx.is_inexact_array), "batch_stats": state}
+    def named(tree):  # a dict, which a checkpoint can hold
+        return {f"{i:03}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
+
+    def init(key, images):
+        model, state = eqx.filter(make(key), eqx.is_array)
+        return {"params": named(model), "batch_stats": named(state)}
+
+    def apply(variables, images, train):
+        leaves = [*variables["params"].values(), *variables["batch_stats"].values()]
+        model, state = eqx.combine(jax.tree.unflatten(jax.tree.structure(arrays), leaves), rest)
+        model = eqx.nn.inference_mode(model, not train)
+        h, state = jax.vmap(model, (0, None), (0, None), axis_name="batch")(images, state)
+        return h, named(state)
+
+    return EncoderFns(init, apply)

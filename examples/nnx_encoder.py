@@ -1,6 +1,5 @@
 """An encoder in Flax NNX: --config.model.type=examples.nnx_encoder:create"""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -13,23 +12,27 @@ class ConvNet(nnx.Module):
         self.norm = nnx.BatchNorm(16, momentum=0.9, rngs=rngs)
         self.out = nnx.Linear(16, 32, rngs=rngs)
 
-    def __call__(self, images):
-        x = jnp.mean(nnx.relu(self.norm(self.conv(images))), axis=(1, 2))
-        return nnx.relu(self.out(x))
+    def __call__(self, images, train: bool):
+        x = self.norm(self.conv(images), use_running_average=not train)
+        return nnx.relu(self.out(jnp.mean(nnx.relu(x), axis=(1, 2))))
 
 
 def create() -> EncoderFns:
-    graph, *_ = nnx.split(nnx.eval_shape(lambda: ConvNet(nnx.Rngs(0))), nnx.Param, ...)
+    def split(model):
+        graph, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+        return graph, {"params": params, "batch_stats": stats}
+
+    graph, like = split(nnx.eval_shape(lambda: ConvNet(nnx.Rngs(0))))
 
     def init(key, images):
-        _, params, stats = nnx.split(ConvNet(nnx.Rngs(key)), nnx.Param, ...)
-        return {"params": nnx.to_pure_dict(params), "batch_stats": nnx.to_pure_dict(stats)}
+        _, states = split(ConvNet(nnx.Rngs(key)))
+        return {kind: nnx.to_pure_dict(state) for kind, state in states.items()}
 
     def apply(variables, images, train):
-        model = nnx.merge(graph, variables["params"], variables["batch_stats"])
-        model.set_attributes(use_running_average=not train)
-        h = model(images)
-        _, _, stats = nnx.split(model, nnx.Param, ...)
-        return h, nnx.to_pure_dict(stats)
+        for kind, state in like.items():
+            nnx.replace_by_pure_dict(state, variables[kind])
+        model = nnx.merge(graph, like["params"], like["batch_stats"])
+        h = model(images, train)
+        return h, nnx.to_pure_dict(split(model)[1]["batch_stats"])
 
     return EncoderFns(init, apply)

@@ -295,7 +295,9 @@ def with_projector(encoder: EncoderFns, projector: Projector | None) -> ModelFns
         if projector is not None:
             h, _ = encoder.apply(parts["encoder"], images, False)
             parts["projector"] = projector.init(keys[1], h, False)
-        return {kind: _of_kind(parts, kind) for kind in ("params", "batch_stats")}
+        variables = {kind: _of_kind(parts, kind) for kind in ("params", "batch_stats")}
+        # None weakly typed: a step returns strong types, and would be compiled for either.
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), variables)
 
     def apply(variables, images, train):
         own = {kind: tree["encoder"] for kind, tree in variables.items() if "encoder" in tree}
