@@ -35,6 +35,27 @@ class Fault:
 
 FAULTS = [
     Fault(
+        "patches are dropped before their positions are added",
+        "vit.py",
+        "x = x + self._positions(height, width)[None].astype(self.dtype)",
+        "x = x + self._positions(height, width)[None, :1, :1].astype(self.dtype)",
+        "test_vit.py::test_patches_are_dropped_after_their_positions_were_added",
+    ),
+    Fault(
+        "rows and columns of the fixed positions swapped",
+        "vit.py",
+        "jnp.concatenate([columns, rows], axis=2)",
+        "jnp.concatenate([rows, columns], axis=2)",
+        "test_vit.py::test_sincos_positions_are_the_formula",
+    ),
+    Fault(
+        "a counter of updates is averaged like the moments",
+        "representation.py",
+        "jnp.full_like(leaf, _MANY_UPDATES)",
+        "leaf",
+        "test_own_encoders.py::test_re_estimated_statistics_are_the_moments_of_clean_images",
+    ),
+    Fault(
         "a sign: the views are added",
         "losses.py",
         "jnp.square(z1 - z2)",
