@@ -309,7 +309,7 @@ FAULTS = [
     ),
     Fault(
         "no expansion, whatever the config says",
-        "config.py",
+        "encoders.py",
         'expand_dim=model.get("expand_dim", 0),',
         "expand_dim=0,",
         "test_config.py::test_every_model_key_reaches_the_model",
@@ -759,7 +759,7 @@ FAULTS = [
     ),
     Fault(
         "parameters of a bottleneck counted as a basic block's",
-        "config.py",
+        "encoders.py",
         "    if expansion == 1:\n",
         "    if True:\n",
         "test_config.py::test_parameters_are_counted_without_building_any",
@@ -914,8 +914,8 @@ FAULTS = [
     Fault(
         "statistics of microbatches are summed, not averaged",
         "train_step.py",
-        "lambda t: t / num_pieces",
-        "lambda t: t",
+        "return total / num_pieces",
+        "return total",
         "test_train_step.py::test_microbatches_normalise_by_their_own_moments"
         "_and_the_loss_sees_the_whole_batch",
     ),
@@ -977,7 +977,7 @@ def run_tests(tests: Sequence[str], fault: Fault | None) -> tuple[int, str]:
     """pytest's exit status and output for some tests over a copy of everything."""
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder)
-        for name in ("jepa_jax", "tests", "configs", "benchmarks"):
+        for name in ("jepa_jax", "tests", "configs", "benchmarks", "examples"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
         if fault:
