@@ -12,6 +12,7 @@ from jepa_jax.data import Dataset
 from jepa_jax.models import Encoder, ModelFns
 
 CHUNK = 500
+_MANY_UPDATES = 2**24
 
 
 def extract_features(
@@ -41,14 +42,25 @@ def extract_features(
 def _batch_moments(model: ModelFns, variables, images):
     stats = variables["batch_stats"]
 
+    def filled_with(leaf, fill):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.full_like(leaf, fill)
+        # A counter of updates, by which some frameworks correct young averages: an old one.
+        return leaf if leaf.dtype == jnp.bool_ else jnp.full_like(leaf, _MANY_UPDATES)
+
     def updated(fill):
-        filled = jax.tree.map(lambda s: jnp.full_like(s, fill), stats)
+        filled = jax.tree.map(lambda leaf: filled_with(leaf, fill), stats)
         return model.apply({**variables, "batch_stats": filled}, images, True)[1]
 
     # A running average is linear in its old value, r -> decay * r + (1 - decay) * batch; two old
     # values give both unknowns. The forward pass does not read r, so XLA runs it once.
     from_zero, from_one = updated(0.0), updated(1.0)
-    return jax.tree.map(lambda zero, one: zero / (1.0 - (one - zero)), from_zero, from_one)
+
+    def of_batch(zero, one):
+        is_average = jnp.issubdtype(zero.dtype, jnp.floating)
+        return zero / (1.0 - (one - zero)) if is_average else zero
+
+    return jax.tree.map(of_batch, from_zero, from_one)
 
 
 def reestimate_batch_stats(encoder: Encoder, variables: Any, images: Any) -> Any:
@@ -72,7 +84,12 @@ def reestimate_batch_stats(encoder: Encoder, variables: Any, images: Any) -> Any
         _batch_moments(encoder.model, variables, encoder.normalize(jax.device_put(images[i:j])))
         for i, j in _full_chunks(len(images))
     ]
-    mean = jax.tree.map(lambda *moments: sum(moments) / len(moments), *chunks)
+
+    def mean_of(*moments):
+        is_average = jnp.issubdtype(moments[0].dtype, jnp.floating)
+        return sum(moments) / len(moments) if is_average else moments[0]
+
+    mean = jax.tree.map(mean_of, *chunks)
     return {**variables, "batch_stats": mean}
 
 

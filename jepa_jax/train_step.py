@@ -268,6 +268,12 @@ def _grads_by_pieces(model: ModelFns, params, batch_stats, views, score, *, num_
         with jax.named_scope("model"):
             return model.apply({"params": params, "batch_stats": batch_stats}, piece, True)
 
+    def mean_of(total):
+        if jnp.issubdtype(total.dtype, jnp.floating):
+            return total / num_pieces
+        # A counter of updates, or a flag, which other frameworks keep beside their averages.
+        return total if total.dtype == jnp.bool_ else total // num_pieces
+
     def embed_all(batch_stats, view):
         def body(total, piece):
             outputs, stats = embed(params, batch_stats, piece)
@@ -275,7 +281,7 @@ def _grads_by_pieces(model: ModelFns, params, batch_stats, views, score, *, num_
 
         zeros = jax.tree.map(jnp.zeros_like, batch_stats)
         total, outputs = scan(body, zeros, split(view))
-        return jax.tree.map(merge, outputs), jax.tree.map(lambda t: t / num_pieces, total)
+        return jax.tree.map(merge, outputs), jax.tree.map(mean_of, total)
 
     def add_grads(grads, view, pulls):
         def body(grads, pieces):

@@ -63,6 +63,27 @@ FAULTS = [
         "test_objectives.py::test_every_name_is_its_loss_with_the_coefficients_of_the_step",
     ),
     Fault(
+        "patches are dropped before their positions are added",
+        "vit.py",
+        "x = x + self._positions(height, width)[None].astype(self.dtype)",
+        "x = x + self._positions(height, width)[None, :1, :1].astype(self.dtype)",
+        "test_vit.py::test_patches_are_dropped_after_their_positions_were_added",
+    ),
+    Fault(
+        "rows and columns of the fixed positions swapped",
+        "vit.py",
+        "jnp.concatenate([columns, rows], axis=2)",
+        "jnp.concatenate([rows, columns], axis=2)",
+        "test_vit.py::test_sincos_positions_are_the_formula",
+    ),
+    Fault(
+        "a counter of updates is averaged like the moments",
+        "representation.py",
+        "jnp.full_like(leaf, _MANY_UPDATES)",
+        "leaf",
+        "test_own_encoders.py::test_re_estimated_statistics_are_the_moments_of_clean_images",
+    ),
+    Fault(
         "a sign: the views are added",
         "losses.py",
         "jnp.square(z1 - z2)",
@@ -316,7 +337,7 @@ FAULTS = [
     ),
     Fault(
         "no expansion, whatever the config says",
-        "config.py",
+        "encoders.py",
         'expand_dim=model.get("expand_dim", 0),',
         "expand_dim=0,",
         "test_config.py::test_every_model_key_reaches_the_model",
@@ -766,7 +787,7 @@ FAULTS = [
     ),
     Fault(
         "parameters of a bottleneck counted as a basic block's",
-        "config.py",
+        "encoders.py",
         "    if expansion == 1:\n",
         "    if True:\n",
         "test_config.py::test_parameters_are_counted_without_building_any",
@@ -921,8 +942,8 @@ FAULTS = [
     Fault(
         "statistics of microbatches are summed, not averaged",
         "train_step.py",
-        "lambda t: t / num_pieces",
-        "lambda t: t",
+        "return total / num_pieces",
+        "return total",
         "test_train_step.py::test_microbatches_normalise_by_their_own_moments"
         "_and_the_loss_sees_the_whole_batch",
     ),
@@ -984,7 +1005,7 @@ def run_tests(tests: Sequence[str], fault: Fault | None) -> tuple[int, str]:
     """pytest's exit status and output for some tests over a copy of everything."""
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder)
-        for name in ("jepa_jax", "tests", "configs", "benchmarks"):
+        for name in ("jepa_jax", "tests", "configs", "benchmarks", "examples"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
         if fault:

@@ -17,7 +17,7 @@ PACKAGE = pathlib.Path(jepa_jax.__file__).parent
 FLOORS = (
     {"errors"},
     {"augment", "health", "losses", "optim", "probes"}
-    | {"device", "last_words", "lock", "paths", "progress", "signals"},
+    | {"device", "dotted", "last_words", "lock", "paths", "progress", "signals"},
     {
         "checkpoint",
         "command",
@@ -29,8 +29,15 @@ FLOORS = (
         "objectives",
         "profile",
         "random_patches",
+        "vit",
     },
-    {"interop", "representation", "sgd_probe", "train_step"},  # pure training and features
+    {
+        "encoders",
+        "interop",
+        "representation",
+        "sgd_probe",
+        "train_step",
+    },  # pure training and features
     {"config", "divergence", "evaluation", "runner", "watch"},
     {"config_flags", "plan"},
     {"api", "loop"},

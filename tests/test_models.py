@@ -20,6 +20,7 @@ from jepa_jax.models import (
     Projector,
     ResNet,
     ResNet18,
+    ResNet34,
     ResNet50,
     linen_model,
     normalize,
@@ -71,7 +72,9 @@ def test_sizes_are_those_of_the_reference():
     assert count(projector["params"]) == 9_451_520
 
 
-@pytest.mark.parametrize(("network", "size"), [(ResNet18, 11_176_512), (ResNet50, 23_508_032)])
+@pytest.mark.parametrize(
+    ("network", "size"), [(ResNet18, 11_176_512), (ResNet34, 21_284_672), (ResNet50, 23_508_032)]
+)
 def test_networks_of_large_images_have_torchvisions_parameters(network, size):
     """Its published 11,689,512 and 25,557,032 without a head of 1,000 classes."""
     module = network(stem_kernel=7, stem_stride=2, stem_padding=3, stem_pool=True)

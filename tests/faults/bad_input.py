@@ -119,6 +119,7 @@ ZERO_IS_LEGAL = {
     "augment.flip_prob",
     "augment.blur_prob",
     "model.expand_dim",
+    "model.depth",
     "loss.sim_coeff",
     "loss.std_coeff",
     "loss.cov_coeff",
