@@ -6,20 +6,15 @@ reads its own coefficients. What is fixed when a program is compiled (how many p
 many directions) is bound when the loss is made.
 """
 
-import contextlib
 import dataclasses
-import difflib
 import functools
-import importlib
 import inspect
-import os
-import re
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
+from jepa_jax.dotted import is_dotted, load_dotted
 from jepa_jax.errors import ConfigError
 from jepa_jax.losses import (
     barlow_twins_loss,
@@ -28,8 +23,6 @@ from jepa_jax.losses import (
     sigreg_loss,
     vicreg_loss,
 )
-
-_OWN = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", re.ASCII)
 
 
 def vicreg(key: jax.Array, z1: jax.Array, z2: jax.Array, hparams: Any, *, num_pairs: int = 1):
@@ -130,7 +123,7 @@ OBJECTIVES = {
 
 def is_loss_type(name: str) -> bool:
     """Whether a config may say so: a key of `OBJECTIVES`, or of the form my_module:my_loss."""
-    return name in OBJECTIVES or bool(_OWN.fullmatch(name))
+    return name in OBJECTIVES or is_dotted(name)
 
 
 def make_loss_fn(loss: Mapping[str, Any], num_pairs: int) -> Callable[..., Any]:
@@ -172,51 +165,15 @@ def described(loss: Mapping[str, Any]) -> str:
 
 
 def _own_loss(path: str) -> Callable[..., Any]:
-    """The function called `my_loss` of `my_module`, for 'my_module:my_loss'."""
+    """The function that 'my_module:my_loss' names."""
+    found, name = load_dotted("loss.type", path), path.partition(":")[2]
     start = f"config.loss.type={path}:"
-    name, _, attribute = path.partition(":")
-    module = _imported(name, start)
-    found = getattr(module, attribute, None)
-    if found is None:
-        near = difflib.get_close_matches(attribute, vars(module), n=1, cutoff=0.6)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigError(f"{start} {name} has no {attribute}{hint}")
     if not callable(found):
-        raise ConfigError(f"{start} {attribute} is a {type(found).__name__}, not a function")
+        raise ConfigError(f"{start} {name} is a {type(found).__name__}, not a function")
     try:
         inspect.signature(found).bind(None, None, None, None)
     except TypeError as error:
-        raise ConfigError(
-            f"{start} {attribute} must take (key, z1, z2, hparams): {error}"
-        ) from error
+        raise ConfigError(f"{start} {name} must take (key, z1, z2, hparams): {error}") from error
     except ValueError:  # a callable that does not say what it takes
         pass
     return found
-
-
-def _imported(name: str, start: str) -> Any:
-    try:
-        with _current_folder_first():
-            return importlib.import_module(name)
-    except Exception as error:  # whatever a person's own module raises
-        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
-            reason = f"there is no module {error.name}, neither in the current folder nor installed"
-        else:
-            text = " ".join(str(error).split())
-            reason = f"{name} cannot be imported: {type(error).__name__}: {text}"
-        raise ConfigError(f"{start} {reason}") from error
-
-
-@contextlib.contextmanager
-def _current_folder_first() -> Iterator[None]:
-    """As `python -m` has it, and a function called from anywhere else has not."""
-    folder = os.getcwd()
-    is_new = not {"", folder} & set(sys.path)
-    if is_new:
-        sys.path.insert(0, folder)
-        importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        if is_new and folder in sys.path:
-            sys.path.remove(folder)
