@@ -32,6 +32,12 @@ BASE = {
     "optim.lr": 0.02,
     "optim.epochs": 10.0,
 }
+CROPS = {
+    "data.view_size": 16,
+    "data.num_local_crops": 2,
+    "training.microbatches": 5,
+    "optim.epochs": 3.0,
+}
 VARIANTS = {
     "one device": (1, {}),
     "resident": (8, {"data.placement": "device"}),
@@ -40,6 +46,8 @@ VARIANTS = {
     "one device, in pieces": (1, {"training.microbatches": 5}),
     "in pieces": (8, {"training.microbatches": 5}),
     "scanned": (8, {"training.scan_steps": 2}),
+    "one device, crops": (1, CROPS),
+    "crops": (8, CROPS),
 }
 
 
