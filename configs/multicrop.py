@@ -4,7 +4,7 @@
 
 Every image gives two views of 16 pixels and three crops of 8 (SwAV, arXiv 2006.09882), each crop a
 twentieth to a fifth of the image. Network, loss, batch and optimiser are cpu.py's, none of it tuned
-for crops. `docs/recipe.md` says what the sizes are for.
+for crops.
 """
 
 from ml_collections import ConfigDict
@@ -16,8 +16,9 @@ def get_config() -> ConfigDict:
     """cpu.py:90s with crops."""
     config = cpu.get_config()
 
-    # A crop of 8 pixels has a quarter of the multiplications of a view of 16, so three cost less
-    # than one view more. A fifth of 32x32 is 14 pixels wide: fewer than 8 would leave no object.
+    # A crop of 8 pixels has a quarter of the positions of a view of 16: three cost less than one
+    # view more. A twentieth to a fifth of 32x32 is 7 to 14 pixels wide, which 8 pixels show at the
+    # scale at which 16 show a view of 18 to 32: a network sees objects at one size in both.
     config.data.num_local_crops = 3
     config.data.local_size = 8
     config.augment.local_scale = (0.05, 0.2)

@@ -1,4 +1,4 @@
-"""Losses of many views: against formulas written out, and the two-view loss as their special case."""
+"""Losses of many views: against formulas written out; with two views, the two-view loss itself."""
 
 import functools
 import itertools
