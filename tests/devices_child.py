@@ -35,7 +35,6 @@ BASE = {
 CROPS = {
     "data.view_size": 16,
     "data.num_local_crops": 2,
-    "training.microbatches": 5,
     "optim.epochs": 3.0,
 }
 VARIANTS = {
