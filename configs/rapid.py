@@ -35,6 +35,8 @@ def get_config() -> ConfigDict:
     config.data.max_broken = 0.01  # new; share of images that may be unreadable
     config.data.view_size = 0  # new; side of the views in pixels; 0: that of the images
     config.data.num_views = 2  # new; of every image in a step: 2, 4 or 6
+    config.data.num_local_crops = 0  # new; small crops of it beside those, at most 10
+    config.data.local_size = 0  # new; side of these in pixels; 0: half of that of the views
     config.data.num_train = 0  # new; so many of the training images, drawn once; 0: all
     config.data.num_val = 5000  # new; training images held out from every probe, for val/*
     config.data.mean = (0.4914, 0.4822, 0.4465)  # new; the reference's constants
@@ -42,6 +44,7 @@ def get_config() -> ConfigDict:
 
     config.augment = ConfigDict()
     config.augment.scale = (0.2, 1.0)  # new; share of the image that a crop takes, from and to
+    config.augment.local_scale = (0.05, 0.2)  # new; the same of a local crop
     config.augment.jitter_prob = 0.8  # new; of the four colour changes together
     config.augment.brightness = 0.4  # new; factors lie in [1 - 0.4, 1 + 0.4]
     config.augment.contrast = 0.4  # new
@@ -74,6 +77,7 @@ def get_config() -> ConfigDict:
 
     config.loss = ConfigDict()
     config.loss.type = "vicreg"  # or sigreg, lejepa, barlow, simclr, or my_module:my_loss
+    config.loss.pairing = "pairs"  # new; of many views; mean: each against the mean of the others
     config.loss.sim_coeff = 1.0  # new; fixed to 1 in the reference
     config.loss.std_coeff = 25.0  # the paper's balance is 1
     config.loss.cov_coeff = 1.0  # the paper's balance at 4096 outputs is (4096 - 1) / 25 = 164

@@ -12,6 +12,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+# Of the local crops' keys: `split` counts those of the other views from 0 and never comes here.
+_LOCAL = 2**32 - 1
 # ITU-R 601-2 luma, the weights of PIL's and torchvision's greyscale conversion.
 _LUMA = (0.2989, 0.587, 0.114)
 
@@ -404,3 +406,50 @@ def pairs_of_views(
       ValueError: as `two_views`.
     """
     return two_views(key, jnp.concatenate([images] * num_pairs), **options)
+
+
+def multi_crop_views(
+    key: jax.Array,
+    images: jax.Array,
+    *,
+    num_local_crops: int,
+    local_size: int,
+    local_scale: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike] = (0.05, 0.2),
+    local_blur_kernel: int = 0,
+    num_pairs: int = 1,
+    size: int | None = None,
+    scale: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike] = (0.2, 1.0),
+    blur_kernel: int = 0,
+    **options,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The views of `pairs_of_views`, to the bit, and beside them small crops of small parts.
+
+    Multi-crop (SwAV, arXiv 2006.09882): the small crops change as the other views do but for their
+    `local_scale`, `local_size` and `local_blur_kernel`. The rows of an image's crops lie together,
+    so that devices that share a batch by its rows share the crops in the same way.
+
+    Args:
+      key: a typed key; crop l of image i has a key of its own, however many crops there are.
+      images: as for `two_views`, [B, H, W, 3].
+      num_local_crops: L, at least 1.
+      local_size: side of the small crops.
+      local_scale: share of the image that a small crop takes, from and to.
+      local_blur_kernel: of the small crops, see `random_view`.
+      num_pairs, size, scale, blur_kernel, **options: of `pairs_of_views`.
+
+    Returns:
+      (x1, x2, local), float32 in [0, 1]: [P * B, size, size, 3] twice, and
+      [B * L, local_size, local_size, 3], whose rows L * n to L * n + L - 1 are crops of image n.
+
+    Raises:
+      ValueError: as `two_views`.
+    """
+    shared = {"size": size, "scale": scale, "blur_kernel": blur_kernel}
+    x1, x2 = pairs_of_views(key, images, num_pairs=num_pairs, **shared, **options)
+    local = functools.partial(
+        random_view, size=local_size, scale=local_scale, blur_kernel=local_blur_kernel, **options
+    )
+    crops_of_image = jax.vmap(local, in_axes=(0, None))
+    keys = jax.random.split(jax.random.fold_in(key, _LOCAL), (num_local_crops, len(images)))
+    crops = jax.vmap(crops_of_image)(keys.T, to_float(images))
+    return x1, x2, crops.reshape(-1, *crops.shape[2:])

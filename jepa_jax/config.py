@@ -40,6 +40,7 @@ from jepa_jax.models import (
 )
 from jepa_jax.objectives import OBJECTIVES, is_loss_type
 from jepa_jax.optim import OPTIMIZERS
+from jepa_jax.pairing import PAIRINGS
 from jepa_jax.train_step import HParams
 from jepa_jax.vit import POOLS, POS_EMBEDS
 
@@ -51,6 +52,7 @@ _DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 # all the memory there is. Squares of rates and coefficients stay in float32's range.
 _MOST_STRENGTH = 10**6
 _MOST_EPOCHS = 10**6
+_SMALLEST_SIDE = 8
 # Indices of images, and the counter of steps, are int32.
 _MOST_IMAGES = _MOST_STEPS = 2**31 - 1
 _MOST_STAGES, _MOST_BLOCKS = 10, 1000
@@ -95,6 +97,16 @@ _NOT_NEGATIVE = _Key(
     float, f"at least 0 and at most {_MOST_STRENGTH:,}", lambda value: 0 <= value <= _MOST_STRENGTH
 )
 _SHARE = _Key(float, "in [0, 1]", lambda value: 0 <= value <= 1)
+_SIDE = _Key(
+    int,
+    "0, or at least 8 and at most 4,096",
+    lambda value: value == 0 or _SMALLEST_SIDE <= value <= 4096,
+)
+_AREA = _Key(
+    tuple,
+    "two shares of an image, 0 < from <= to <= 1",
+    lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
+)
 _FLAG = _Key(bool)
 _TEXT = _Key(str, "a text without control characters", _is_plain)
 _CHANNELS = _Key(
@@ -112,17 +124,15 @@ _KEYS = {
     "data.num_workers": _between(1, 1024),
     "data.data_dir": _TEXT,
     "data.placement": _one_of("auto", "device", "host", "stream"),
-    "data.image_size": _Key(
-        int, "0, or at least 8 and at most 4,096", lambda value: value == 0 or 8 <= value <= 4096
-    ),
+    "data.image_size": _SIDE,
     "data.train_split": _Key(str, "the name of a split", lambda value: value and _is_plain(value)),
     "data.unlabelled_split": _TEXT,
     "data.test_split": _TEXT,
     "data.max_broken": _SHARE,
-    "data.view_size": _Key(
-        int, "0, or at least 8 and at most 4,096", lambda value: value == 0 or 8 <= value <= 4096
-    ),
+    "data.view_size": _SIDE,
     "data.num_views": _Key(int, "2, 4 or 6", lambda value: value in (2, 4, 6)),
+    "data.num_local_crops": _Key(int, "in [0, 10]", lambda value: 0 <= value <= 10),
+    "data.local_size": _SIDE,
     "data.num_train": _Key(
         int,
         f"0, or at least 2 and at most {_MOST_IMAGES:,}",
@@ -135,11 +145,8 @@ _KEYS = {
         "three numbers in [1e-6, 1000]",
         lambda v: len(v) == 3 and min(v) >= 1e-6 and max(v) <= 1000,
     ),
-    "augment.scale": _Key(
-        tuple,
-        "two shares of an image, 0 < from <= to <= 1",
-        lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
-    ),
+    "augment.scale": _AREA,
+    "augment.local_scale": _AREA,
     "augment.jitter_prob": _SHARE,
     "augment.brightness": _NOT_NEGATIVE,
     "augment.contrast": _NOT_NEGATIVE,
@@ -187,6 +194,7 @@ _KEYS = {
     "loss.type": _Key(
         str, f"one of {', '.join(OBJECTIVES)}, or one's own as my_module:my_loss", is_loss_type
     ),
+    "loss.pairing": _one_of(*PAIRINGS),
     "loss.sim_coeff": _NOT_NEGATIVE,
     "loss.std_coeff": _NOT_NEGATIVE,
     "loss.cov_coeff": _NOT_NEGATIVE,
@@ -464,6 +472,30 @@ def has_blur(config: Mapping[str, Any]) -> bool:
     return config["augment"].get("blur_prob", 0.0) > 0
 
 
+def num_local_crops(config: Mapping[str, Any]) -> int:
+    """L of `multi_crop_views`; 0 for a config of an older run, or one without its data."""
+    return config.get("data", {}).get("num_local_crops", 0)
+
+
+def local_side(config: Mapping[str, Any], side: int) -> int:
+    """The side of the local crops in pixels, beside views of `side`.
+
+    Raises:
+      ConfigError: for crops larger than the views, or for views that have no half of 8 pixels.
+    """
+    size = config["data"].get("local_size", 0)
+    if size > side:
+        raise ConfigError(
+            f"config.data.local_size ({size}) is larger than the views of {side} pixels"
+        )
+    if not size and side < 2 * _SMALLEST_SIDE:
+        raise ConfigError(
+            f"config.data.local_size=0 is half of the views' {side} pixels, below "
+            f"{_SMALLEST_SIDE}: give it, or take a larger config.data.view_size"
+        )
+    return size or side // 2
+
+
 def blur_kernel(config: Mapping[str, Any], side: int) -> int:
     """The `blur_kernel` of `random_view`: 0 without a blur, else the odd number nearest a tenth.
 
@@ -473,14 +505,16 @@ def blur_kernel(config: Mapping[str, Any], side: int) -> int:
 
 
 def view_options(config: Mapping[str, Any]) -> dict[str, float | tuple[float, float]]:
-    """The strengths of the augmentation, as `random_view` takes them; a blur's only if it has one.
+    """The strengths of the augmentation, as `random_view` takes them, without those of no use.
 
+    A blur's are there only if there is one, those of local crops as `multi_crop_views` takes them.
     Sizes in pixels that a program is compiled for are not among them: see `blur_kernel`.
     """
+    is_used = {"blur": has_blur(config), "local": num_local_crops(config) > 0}
     return {
         name: tuple(value) if isinstance(value, tuple | list) else float(value)
         for name, value in config["augment"].items()
-        if has_blur(config) or not name.startswith("blur_")
+        if is_used.get(name.partition("_")[0], True)
     }
 
 

@@ -240,8 +240,8 @@ def _embed_views(embed_fn, variables, dataset, val, augment_fn, seed) -> dict[st
     places = np.linspace(0, len(val) - 1, min(len(val), _NUM_HEALTH_IMAGES)).astype(int)
     images = dataset.train_images[val[places]]
     size = min(len(images), CHUNK)
-    # Of several pairs of views, the first.
-    augment = jax.jit(lambda key, images: [view[:size] for view in augment_fn(key, images)])
+    # Of several pairs of views, the first; local crops are no views of the whole image.
+    augment = jax.jit(lambda key, images: [view[:size] for view in augment_fn(key, images)[:2]])
     chunks = []
     for index, start in enumerate(range(0, len(images) - size + 1, size)):
         clean = jax.device_put(images[start : start + size])

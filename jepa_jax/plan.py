@@ -16,10 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.errors import FlaxError
 from ml_collections import ConfigDict
 
 from jepa_jax import checkpoint
-from jepa_jax.augment import pairs_of_views, resize_images
+from jepa_jax.augment import multi_crop_views, pairs_of_views, resize_images
 from jepa_jax.config import (
     SCHEMA_VERSION,
     blur_kernel,
@@ -29,6 +30,8 @@ from jepa_jax.config import (
     flatten,
     has_blur,
     hparams_from,
+    local_side,
+    num_local_crops,
     view_options,
 )
 from jepa_jax.data import Dataset, Records, choose_placement, epoch_order, load_dataset
@@ -42,11 +45,12 @@ from jepa_jax.distributed import (
 )
 from jepa_jax.encoders import check_encoder, is_own, model_type
 from jepa_jax.environment import describe_environment
-from jepa_jax.errors import CheckpointError, ConfigError
+from jepa_jax.errors import CheckpointError, ConfigError, JepaError
 from jepa_jax.evaluation import has_labels
 from jepa_jax.metrics import read_json, write_json
 from jepa_jax.models import Encoder, patch_whitening_kernel
 from jepa_jax.objectives import make_loss_fn, term_weights
+from jepa_jax.pairing import lifted
 from jepa_jax.paths import home_expanded
 from jepa_jax.progress import say
 from jepa_jax.representation import labelled, split_validation
@@ -276,15 +280,76 @@ def _check_patches(config: ConfigDict, dataset: Dataset) -> None:
             )
 
 
-def _check_views(augment_fn: AugmentFn, config: ConfigDict, dataset: Dataset) -> None:
-    shape = (config.data.batch_size, *dataset.image_shape)
-    images = jax.ShapeDtypeStruct(shape, jnp.uint8)
-    rows = len(jax.eval_shape(augment_fn, jax.random.key(0), images)[0])
-    if 2 * rows != config.data.num_views * len(images):
+def _views_of(config: ConfigDict, dataset: Dataset) -> AugmentFn:
+    """The config's own augmentation, without its strengths."""
+    side = config.data.view_size or dataset.image_shape[0]
+    options = {
+        "num_pairs": config.data.num_views // 2,
+        "size": config.data.view_size or None,
+        "blur_kernel": blur_kernel(config, side),
+    }
+    count = num_local_crops(config)
+    if not count:
+        return functools.partial(pairs_of_views, **options)
+    size = local_side(config, side)
+    return functools.partial(
+        multi_crop_views,
+        num_local_crops=count,
+        local_size=size,
+        local_blur_kernel=blur_kernel(config, size),
+        **options,
+    )
+
+
+def _loss_of(config: ConfigDict, loss_fn: LossFn | None) -> LossFn:
+    """The loss of the embeddings of all batches of views, from one of two views or the config's.
+
+    Without local crops, and over pairs, it is given the stacked pairs as they are.
+    """
+    num_pairs = config.data.num_views // 2
+    pairing = config.loss.get("pairing", "pairs")
+    if num_local_crops(config) or pairing != "pairs":
+        return lifted(loss_fn or make_loss_fn(config.loss, 1), pairing, num_pairs=num_pairs)
+    return loss_fn or make_loss_fn(config.loss, num_pairs)
+
+
+def _check_local(encoder: Encoder, augment_fn: AugmentFn, dataset: Dataset) -> None:
+    """Refuses an encoder that cannot see the local crops with the parameters that it has."""
+    crops = _shapes_of_views(augment_fn, 2, dataset)[2]
+
+    def embed(key):
+        images = jnp.zeros((2, *dataset.image_shape), jnp.float32)
+        return encoder.model.apply(encoder.model.init(key, images), jnp.zeros(crops.shape), True)
+
+    try:
+        jax.eval_shape(embed, jax.random.key(0))
+    except (FlaxError, JepaError, TypeError, ValueError) as error:
+        height, width, _ = crops.shape[1:]
+        reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"augment_fn makes {2 * rows / len(images):g} views of an image; "
-            f"config.data.num_views is {config.data.num_views}"
-        )
+            f"the encoder takes no local crops of {height}x{width} pixels, see "
+            f"config.data.local_size: {reason}"
+        ) from error
+
+
+def _shapes_of_views(augment_fn: AugmentFn, num_images: int, dataset: Dataset) -> Any:
+    images = jax.ShapeDtypeStruct((num_images, *dataset.image_shape), jnp.uint8)
+    return jax.eval_shape(augment_fn, jax.random.key(0), images)
+
+
+def _check_views(augment_fn: AugmentFn, config: ConfigDict, dataset: Dataset) -> None:
+    num_images = config.data.batch_size
+    first, _, *others = _shapes_of_views(augment_fn, num_images, dataset)
+    found = {
+        "num_views": ("views", 2 * len(first) / num_images),
+        "num_local_crops": ("local crops", sum(map(len, others)) / num_images),
+    }
+    for key, (what, count) in found.items():
+        if count != config.data[key]:
+            raise ConfigError(
+                f"augment_fn makes {count:g} {what} of an image; config.data.{key} is "
+                f"{config.data[key]}"
+            )
 
 
 def load_fitting(
@@ -361,12 +426,7 @@ def make_plan(
             scan_steps = max(1, min(_SCAN_STEPS, _SCAN_IMAGES // config.data.batch_size))
     given = {"loss_fn": loss_fn, "encoder": encoder, "augment_fn": augment_fn}
     if augment_fn is None:
-        augment_fn = functools.partial(
-            pairs_of_views,
-            num_pairs=config.data.num_views // 2,
-            size=config.data.view_size or None,
-            blur_kernel=blur_kernel(config, config.data.view_size or dataset.image_shape[0]),
-        )
+        augment_fn = _views_of(config, dataset)
     else:
         # One's own makes views of the size it likes: the key does not speak of them.
         config = config.copy_and_resolve_references()
@@ -379,6 +439,8 @@ def make_plan(
             f"{dataset.name} at config.data.batch_size={config.data.batch_size} has "
             f"{steps_per_epoch}"
         )
+    if num_local_crops(config):
+        _check_local(model, augment_fn, dataset)
     plan = Plan(
         config=config,
         workdir=workdir,
@@ -389,7 +451,7 @@ def make_plan(
         placement=placement,
         scan_steps=scan_steps,
         augment_fn=augment_fn,
-        loss_fn=loss_fn or make_loss_fn(config.loss, config.data.num_views // 2),
+        loss_fn=_loss_of(config, loss_fn),
         init_from=init_from or "",
         custom={name: _name_of(thing) for name, thing in given.items() if thing is not None},
         layout=Layout(devices, config.training.shard_params),
@@ -402,8 +464,13 @@ def make_plan(
 def _check_own_loss(plan: Plan) -> None:
     """Refuses what a config's my_module:my_loss returns if no step can take it."""
     num_rows = plan.config.data.batch_size * plan.config.data.num_views // 2
-    z = jax.ShapeDtypeStruct((num_rows, plan.embedding_dim), jnp.float32)
-    found = jax.eval_shape(plan.loss_fn, jax.random.key(0), z, z, plan.hparams)
+    num_crops = plan.config.data.batch_size * num_local_crops(plan.config)
+    embeddings = [
+        jax.ShapeDtypeStruct((count, plan.embedding_dim), jnp.float32)
+        for count in (num_rows, num_rows, num_crops)
+        if count
+    ]
+    found = jax.eval_shape(plan.loss_fn, jax.random.key(0), *embeddings, plan.hparams)
     start = f"config.loss.type={plan.loss_type}:"
     if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
         raise ConfigError(f"{start} it must return (loss, terms), terms being a dict of scalars")

@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jepa_jax import checkpoint, device, loop
-from jepa_jax.config import SCHEMA_VERSION, compute_dtype, validate
+from jepa_jax.config import SCHEMA_VERSION, compute_dtype, num_local_crops, validate
 from jepa_jax.data import Dataset
 from jepa_jax.distributed import Layout, is_main, on_main
 from jepa_jax.errors import ConfigError, TrainingError
@@ -143,6 +143,8 @@ def _print_header(plan: Plan, state: TrainState, progress: dict[str, Any]) -> No
     place = _PLACES[plan.placement]
     num_views = config.data.num_views
     of_views = "" if num_views == 2 else f" of {num_views} views each"
+    if count := num_local_crops(config):
+        of_views = f" of {num_views} views and {count} local crops each"
     weights, warning = plan.balance
     loss = plan.custom.get("loss_fn", described(config.loss))
     if weights:
@@ -227,12 +229,14 @@ def train_and_evaluate(
         ends, on the same CPU, in the same bits as if it had never stopped.
       dataset: in place of the config's, see `jepa_jax.data.from_arrays`.
       loss_fn: (key, z1 [B, D], z2 [B, D], hparams) -> (loss, terms), in place of the config's; with
-        data.num_views = 2P, [P * B, D], rows n, n + B, ... of both being views of image n.
+        data.num_views = 2P, [P * B, D], rows n, n + B, ... of both being views of image n. With
+        data.num_local_crops or loss.pairing=mean it is always of two views, see `pairing`.
       encoder: a Linen module called as encoder(images, train) -> h [B, F], an `EncoderFns`, or a
         whole `ModelFns`; a config names one by model.type=my_module:my_encoder.
       augment_fn: (key, images uint8 [B, H, W, 3]) -> (x1, x2) in [0, 1], in place of `two_views`;
         data.view_size then counts as 0; with data.num_views = 2P both are [P * B, ...], as
-        `pairs_of_views` stacks them.
+        `pairs_of_views` stacks them, and with data.num_local_crops a third batch follows, as
+        `multi_crop_views` has it.
       init_from: another run's workdir, whose parameters the run starts from.
       profile: whether to write a trace of a few steps to workdir/profile, see `profile.Profile`.
 

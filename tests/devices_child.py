@@ -32,6 +32,11 @@ BASE = {
     "optim.lr": 0.005,
     "optim.epochs": 10.0,
 }
+CROPS = {
+    "data.view_size": 16,
+    "data.num_local_crops": 2,
+    "optim.epochs": 3.0,
+}
 VARIANTS = {
     "one device": (1, {}),
     "resident": (8, {"data.placement": "device"}),
@@ -44,6 +49,8 @@ VARIANTS = {
     "sigreg": (8, {"loss.type": "sigreg", "optim.epochs": 2.0}),
     "one device, simclr": (1, {"loss.type": "simclr", "optim.epochs": 2.0}),
     "simclr": (8, {"loss.type": "simclr", "optim.epochs": 2.0}),
+    "one device, crops": (1, CROPS),
+    "crops": (8, CROPS),
 }
 
 

@@ -16,7 +16,7 @@ PACKAGE = pathlib.Path(jepa_jax.__file__).parent
 # A room imports only from lower floors, never sideways. `data` is one room.
 FLOORS = (
     {"errors"},
-    {"augment", "health", "losses", "optim", "probes"}
+    {"augment", "health", "losses", "optim", "pairing", "probes"}
     | {"device", "dotted", "last_words", "lock", "paths", "progress", "signals"},
     {
         "checkpoint",
@@ -48,7 +48,7 @@ FLOORS = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Arrays in, arrays out: no file, no config, no framework.
-PURE_MATHS = ("augment", "health", "losses", "optim", "probes")
+PURE_MATHS = ("augment", "health", "losses", "optim", "pairing", "probes")
 ALLOWED_IN_PURE_MATHS = {"collections", "functools", "itertools", "jax", "math", "optax", "typing"}
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -23,6 +23,7 @@ from jepa_jax.augment import (
     adjust_saturation,
     color_jitter,
     gaussian_blur,
+    multi_crop_views,
     pairs_of_views,
     random_color_jitter,
     random_crop_box,
@@ -482,6 +483,7 @@ def test_strengths_may_be_traced_and_give_the_same_views(images):
     """At values that none of them has by default."""
     strengths = {
         "scale": (0.4, 0.9),
+        "local_scale": (0.1, 0.3),
         "jitter_prob": 0.9,
         "brightness": 0.3,
         "contrast": 0.2,
@@ -495,10 +497,12 @@ def test_strengths_may_be_traced_and_give_the_same_views(images):
     }
     assert set(strengths) == set(cpu.get_config().augment)
     key = jax.random.key(12)
-    blurred_views = functools.partial(two_views, blur_kernel=5)
+    blurred_views = functools.partial(
+        multi_crop_views, num_local_crops=1, local_size=9, blur_kernel=5, local_blur_kernel=3
+    )
     static = jax.jit(functools.partial(blurred_views, **strengths))(key, images)
     traced = jax.jit(blurred_views)(key, images, **jax.tree.map(np.float32, strengths))
-    default = jitted_views(key, images)
+    default = jax.jit(blurred_views)(key, images)
     for view, other, usual in zip(static, traced, default, strict=True):
         # A crop that rounds to another pixel would be another view altogether.
         np.testing.assert_allclose(view, other, atol=1e-4)
@@ -525,6 +529,50 @@ def test_two_views_refuses_what_is_not_a_batch_of_colour_images(shape):
         two_views(jax.random.key(0), np.zeros(shape, np.uint8))
 
 
+def test_local_crops_leave_the_other_views_alone_and_lie_image_by_image(images):
+    key, options = jax.random.key(13), {"num_pairs": 2, "size": 16}
+    crops_of = {
+        count: jax.jit(
+            functools.partial(multi_crop_views, num_local_crops=count, local_size=8, **options)
+        )
+        for count in (2, 3)
+    }
+    *views, crops = crops_of[3](key, images)
+    without = jax.jit(functools.partial(pairs_of_views, **options))(key, images)
+    for view, other in zip(views, without, strict=True):
+        np.testing.assert_allclose(view, other, atol=1e-5)
+    assert crops.shape == (3 * len(images), 8, 8, 3)
+    assert crops.min() >= 0 and crops.max() <= 1
+    # A third one leaves the first two as they are.
+    fewer = crops_of[2](key, images)[2].reshape(-1, 2, 8, 8, 3)
+    np.testing.assert_allclose(fewer, crops.reshape(-1, 3, 8, 8, 3)[:, :2], atol=1e-5)
+    # All of them differ, also those of equal images.
+    alike = crops_of[3](key, np.stack([images[0]] * len(images)))[2]
+    apart = np.abs(alike[:, None] - alike[None]).reshape(len(alike), len(alike), -1).max(-1)
+    assert np.min(apart + np.eye(len(alike))) > 0.01
+    changed = images.copy()
+    changed[2] = 255 - images[2]
+    moved = np.abs(crops_of[3](key, changed)[2] - crops).reshape(len(crops), -1).max(1) > 1e-5
+    np.testing.assert_array_equal(np.flatnonzero(moved), [6, 7, 8])
+
+
+def test_a_local_crop_shows_the_share_of_the_image_that_its_scale_says():
+    """Of a ramp whose grey is the place: by how much it rises is how wide the crop is."""
+    ramp = np.zeros((64, 40, 40, 3), np.float32) + np.linspace(0, 1, 40)[:, None].astype(np.float32)
+    rest = dict.fromkeys((*CHOICES, "blur_prob"), 0.0)
+    x1, _, crops = multi_crop_views(
+        jax.random.key(14), ramp, num_local_crops=2, local_size=8, local_scale=(0.1, 0.1), **rest
+    )
+    # Seven of eight steps from the first pixel's centre to the last one's.
+    widths = np.ptp(crops[..., 0], axis=(1, 2)) * 8 / 7
+    areas = widths**2 / 0.1  # the aspect ratio, of which the mean logarithm is 0
+    assert areas.min() > 0.7 and areas.max() < 1.5 and abs(np.log(areas).mean()) < 0.1
+    assert np.ptp(x1[..., 0], axis=(1, 2)).mean() > 0.6
+
+
+MAKERS = ("two_views", "pairs_of_views", "multi_crop_views")
+
+
 def test_conventions_of_the_public_functions():
     """Randomness takes the key first, cores the image; hyper-parameters of wrappers are by name."""
     public = {
@@ -537,7 +585,7 @@ def test_conventions_of_the_public_functions():
     )
     for name, function in public.items():
         parameters = list(inspect.signature(function).parameters.values())
-        is_random = name.startswith("random_") or name in ("two_views", "pairs_of_views")
+        is_random = name.startswith("random_") or name in MAKERS
         assert function.__doc__, name
         assert parameters[0].name == ("key" if is_random else parameters[0].name), name
         assert ("key" in [p.name for p in parameters]) == is_random, name

@@ -122,6 +122,22 @@ def test_four_views_cost_what_twice_as_many_images_of_two_cost():
     assert four["flops_per_image"] == 2 * two["flops_per_image"]
 
 
+def test_local_crops_cost_what_a_network_of_their_side_costs():
+    model = cpu.get_config().model.to_dict()
+    options = {"batch_size": 48, "bytes_per_value": 4}
+    plain = roofline.count(model, image_side=16, **options)
+    crops = roofline.count(model, image_side=16, num_local_crops=3, local_side=8, **options)
+    small = roofline.count(model, image_side=8, **options)
+    assert crops["multiply_adds_per_local_crop"] == small["multiply_adds_per_view"]
+    assert crops["multiply_adds_per_view"] == plain["multiply_adds_per_view"]
+    # Two views in plain and in small each; every view has a matrix of the loss.
+    more = 1.5 * small["flops_per_image"]
+    assert crops["flops_per_image"] == plain["flops_per_image"] + more
+    for kind in ("unfused", "fused"):
+        added = crops["bytes_per_step"][kind] - plain["bytes_per_step"][kind]
+        assert added == 3 * 48 * small["bytes_per_view"][kind]
+
+
 def test_bytes_scale_with_the_width_of_a_value_and_floors_with_the_rates():
     model = cpu.get_config().model.to_dict()
     narrow = roofline.count(model, batch_size=64, bytes_per_value=2)

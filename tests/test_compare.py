@@ -146,7 +146,8 @@ def test_what_the_step_takes_as_arguments_changes_no_program(blur_prob, other, s
     moved = set()
     others = {"meta.seed": 7, "optim.schedule": "late_epoch", "augment.scale": (0.3, 0.9)}
     others["augment.blur_sigma"] = (0.2, 1.5)
-    without_use = set() if blur_prob else {"augment.blur_prob", "augment.blur_sigma"}
+    without_use = {"augment.local_scale"}
+    without_use |= set() if blur_prob else {"augment.blur_prob", "augment.blur_sigma"}
     for key in step_arguments() - without_use:
         section, name = key.split(".")
         before = numbers(changed)

@@ -26,6 +26,8 @@ from jepa_jax.config import (
     has_blur,
     hparams_from,
     known_keys,
+    local_side,
+    num_local_crops,
     num_parameters,
     validate,
     view_options,
@@ -176,6 +178,10 @@ BAD_VALUES = [
     ("augment.flip_prob", 1.1, "in [0, 1]"),
     ("augment.contrast", -0.1, "at least 0"),
     ("data.num_views", 3, "2, 4 or 6, got 3"),
+    ("data.num_local_crops", 11, "in [0, 10], got 11"),
+    ("data.local_size", 4, "0, or at least 8 and at most 4,096, got 4"),
+    ("augment.local_scale", (0.3, 0.2), "0 < from <= to <= 1"),
+    ("loss.pairing", "means", "one of pairs, mean, got 'means' (did you mean "),
     ("data.mean", (0.5, 0.5), "three numbers"),
     ("data.mean", 0.5, "must be of type tuple"),
     ("data.std", (0.2, 0.2, 0.0), "three numbers in [1e-6, 1000]"),
@@ -405,6 +411,22 @@ def test_a_blurs_kernel_is_the_odd_number_nearest_a_tenth_of_the_view(side, kern
     assert abs(kernel - side / 10) <= 1 or kernel == 3
     assert view_options(config)["blur_sigma"] == (0.1, 2.0)
     assert view_options({"augment": {}}) == {} and not has_blur({"augment": {}})
+
+
+def test_local_crops_are_half_as_large_as_the_views_unless_their_side_is_given():
+    config = cpu.get_config()
+    assert num_local_crops(config) == num_local_crops({}) == 0
+    assert "local_scale" not in view_options(config)
+    config.data.num_local_crops = 3
+    assert num_local_crops(config) == 3
+    assert view_options(config)["local_scale"] == (0.05, 0.2)
+    assert local_side(config, 16) == 8 and local_side(config, 33) == 16
+    with pytest.raises(ConfigError, match="half of the views' 15 pixels, below 8"):
+        local_side(config, 15)
+    config.data.local_size = 12
+    assert local_side(config, 12) == local_side(config, 16) == 12
+    with pytest.raises(ConfigError, match=r"local_size \(12\) is larger than the views of 11"):
+        local_side(config, 11)
 
 
 @pytest.mark.parametrize("changes", [{}, {"expand_dim": 30}, {"use_projector": False}])

@@ -60,6 +60,14 @@ def test_eight_devices_have_the_loss_of_one_under_other_objectives(on_devices, h
     np.testing.assert_allclose(eight, one, rtol=5e-4)  # steps multiply what the first one rounds
 
 
+def test_eight_devices_see_the_local_crops_that_one_sees(on_devices):
+    one, eight = on_devices["one device, crops"], on_devices["crops"]
+    np.testing.assert_allclose(eight["losses"], one["losses"], rtol=1e-5)
+    assert len(one["losses"]) == 6 and one["losses"][0] != one["losses"][-1]
+    # Crops whose rows were laid out otherwise would be sent from one device to another.
+    assert eight["flops"] < 1.1 / 8 * one["flops"]
+
+
 def test_every_device_does_its_share(on_devices):
     for how in ("resident", "streamed", "shared state", "scanned"):
         assert on_devices[how]["flops"] < 1.1 / 8 * on_devices["one device"]["flops"], how

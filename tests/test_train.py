@@ -559,6 +559,58 @@ def test_an_augmentation_of_ones_own_makes_as_many_views_as_the_config_says(run)
     assert int(state.step) == int(plain.step)
 
 
+CROPS = {"data.num_local_crops": 2, "data.local_size": 8}
+
+
+def test_an_augmentation_of_ones_own_makes_as_many_local_crops_as_the_config_says(run):
+    with pytest.raises(ConfigError, match=r"makes 0 local crops of an image; .*local_crops is 2"):
+        run(augment_fn=flips, overrides=CROPS)
+
+    def with_crops(key, images):
+        x1, x2 = flips(key, images)
+        return x1, x2, jnp.repeat(x1[:, :8, :8], 2, axis=0)
+
+    with pytest.raises(ConfigError, match=r"makes 2 local crops of an image; .*local_crops is 0"):
+        run(augment_fn=with_crops)
+
+
+def test_an_encoder_that_does_not_take_crops_is_one_line(run):
+    class Dense(nn.Module):
+        @nn.compact
+        def __call__(self, images, train):
+            return nn.Dense(8)(images.reshape(len(images), -1))
+
+    with pytest.raises(ConfigError, match=r"no local crops of 8x8 pixels.*local_size: .*Dense_0"):
+        run(encoder=Dense(), overrides=CROPS)
+
+
+def test_local_crops_are_drawn_paired_and_evaluated(run, monkeypatch, capsys):
+    """The first step's loss is the mean over every view with every other view, a crop among them.
+
+    A user's own loss is one of two views still.
+    """
+    plans, original = [], train.make_plan
+    monkeypatch.setattr(train, "make_plan", lambda *args: plans.append(original(*args)) or plans[0])
+    one_step = {"optim.epochs": 0.25, "optim.warmup_epochs": 0.0}
+    _, workdir = run(loss_fn=invariance_only, overrides={**CROPS, **one_step})
+    assert "batch 100 of 2 views and 2 local crops each" in capsys.readouterr().out
+
+    images = plans[0].dataset.train_images[plans[0].batches_of(0)[0]]
+    state, encoder = plan.initial_state(plans[0]), plans[0].encoder
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    views = plans[0].augment_fn(stream_key(plans[0].hparams.seed, "views"), images)
+    assert [view.shape for view in views] == [(100, 32, 32, 3)] * 2 + [(200, 8, 8, 3)]
+    z1, z2, crops = (
+        np.asarray(encoder.model.apply(variables, encoder.normalize(view), True)[0][1])
+        for view in views
+    )
+    globals_, crops = [z1, z2], [crops[::2], crops[1::2]]
+    pairs = [(z1, z2), (z2, z1), *itertools.product(globals_, crops)]
+    wanted = np.mean([np.mean((a - b) ** 2) for a, b in pairs])
+    found = read_metrics(workdir / "metrics.jsonl")[0]["train/loss"]
+    assert found == pytest.approx(wanted, rel=1e-4)
+
+
 def test_four_views_of_an_image_are_drawn_pulled_together_and_evaluated(run, monkeypatch, capsys):
     plans, original = [], train.make_plan
     monkeypatch.setattr(train, "make_plan", lambda *args: plans.append(original(*args)) or plans[0])

@@ -14,7 +14,7 @@ from jepa_jax.benchmark.processes import ROOT, MeasurementError, process, run_js
 from jepa_jax.benchmark.step import RATE, SIDE
 from jepa_jax.benchmark.table import NOT_MEASURED, Table, number, with_range
 from jepa_jax.benchmark.timing import spread
-from jepa_jax.config import has_blur
+from jepa_jax.config import has_blur, num_local_crops
 from jepa_jax.config_flags import GivenConfig
 from jepa_jax.errors import ConfigError
 
@@ -146,6 +146,8 @@ class Peer:
         name = given.config.optim.name
         self.optimizer = name if name in _OPTIMIZERS else "lars"
         num_views, notes = given.config.data.num_views, []
+        if num_local_crops(given.config):
+            notes.append("the local crops are left out on both sides: the peer has none")
         self.batch_size = given.config.data.batch_size * num_views // 2
         if self.optimizer != name:
             notes.append(f"{name} is replaced by lars on both sides: the peer has no {name}")
@@ -186,6 +188,7 @@ class Peer:
         changes = {
             "optim.name": self.optimizer,
             "data.num_views": 2,
+            "data.num_local_crops": 0,
             "data.batch_size": self.batch_size,
             "augment.blur_prob": 0.0,
             "training.use_amp": dtype != "float32",

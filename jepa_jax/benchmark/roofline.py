@@ -148,6 +148,8 @@ def count(
     bytes_per_value: int,
     image_side: int = 32,
     num_views: int = 2,
+    num_local_crops: int = 0,
+    local_side: int = 0,
 ) -> dict[str, Any]:
     """FLOPs and bytes of a training step.
 
@@ -161,35 +163,57 @@ def count(
       bytes_per_value: of an activation: 2 in bfloat16.
       image_side: of square images.
       num_views: of every image.
+      num_local_crops: of every image, beside its views.
+      local_side: of square local crops.
 
     Returns:
       multiply_adds_per_view (encoder and projector), multiply_adds_per_image of the loss, FLOPs
-      per image and per step, bytes per view and per step unfused and fused, num_weights.
+      per image and per step, bytes per view and per step unfused and fused, num_weights. With local
+      crops multiply_adds_per_local_crop and bytes_per_local_crop too.
     """
-    encoder, projector = encoder_layers(model, image_side), projector_layers(model)
-    layers, dim = [*encoder, *projector], embedding_dim(model)
-    in_encoder = sum(layer.multiply_adds for layer in encoder)
+    projector, dim = projector_layers(model), embedding_dim(model)
     in_projector = sum(layer.multiply_adds for layer in projector)
-    # The loss is one of two matrices, of all the views that lie in each.
-    in_loss = num_views * min(batch_size * num_views // 2, dim) * dim
-    flops = 2 * 3 * (num_views * (in_encoder + in_projector) + in_loss)
-    num_weights = sum(layer.num_weights for layer in layers)
+
+    def passes(side):
+        layers = [*encoder_layers(model, side), *projector]
+        moved = {
+            name: bytes_per_value * sum(layer.values_moved(is_fused=is_fused) for layer in layers)
+            for name, is_fused in (("unfused", False), ("fused", True))
+        }
+        return sum(layer.multiply_adds for layer in layers), moved
+
+    in_view, per_view = passes(image_side)
+    in_crop, per_crop = passes(local_side) if num_local_crops else (0, dict.fromkeys(per_view, 0))
+    # The loss is one of two matrices, of all the views that lie in each; beside local crops one of
+    # a matrix of each view.
+    rows = batch_size if num_local_crops else batch_size * num_views // 2
+    in_loss = (num_views + num_local_crops) * min(rows, dim) * dim
+    flops = 2 * 3 * (num_views * in_view + num_local_crops * in_crop + in_loss)
+    num_weights = sum(
+        layer.num_weights for layer in [*encoder_layers(model, image_side), *projector]
+    )
     of_parameters = _PARAMETER_PASSES * _BYTES_OF_PARAMETER * num_weights
-    per_view = {
-        name: bytes_per_value * sum(layer.values_moved(is_fused=is_fused) for layer in layers)
-        for name, is_fused in (("unfused", False), ("fused", True))
+    of_crops = {
+        "multiply_adds_per_local_crop": {
+            "encoder": in_crop - in_projector,
+            "projector": in_projector,
+        },
+        "bytes_per_local_crop": per_crop,
     }
     return {
-        "multiply_adds_per_view": {"encoder": in_encoder, "projector": in_projector},
+        "multiply_adds_per_view": {"encoder": in_view - in_projector, "projector": in_projector},
         "multiply_adds_per_image": {"loss": in_loss},
         "flops_per_image": flops,
         "flops_per_step": flops * batch_size,
         "bytes_per_view": per_view,
         "bytes_of_parameters": of_parameters,
         "bytes_per_step": {
-            name: num_views * batch_size * value + of_parameters for name, value in per_view.items()
+            name: batch_size * (num_views * per_view[name] + num_local_crops * per_crop[name])
+            + of_parameters
+            for name in per_view
         },
         "num_weights": num_weights,
+        **(of_crops if num_local_crops else {}),
     }
 
 

@@ -20,7 +20,7 @@ from jepa_jax.models import normalize
 from jepa_jax.optim import create_optimizer
 from jepa_jax.plan import Plan, clean_images, initial_state, training_labels
 from jepa_jax.representation import extract_features
-from jepa_jax.train_step import learning_rate, probe_logits, stream_key, update_probe
+from jepa_jax.train_step import NUM_GLOBAL, learning_rate, probe_logits, stream_key, update_probe
 from jepa_jax.watch import Watch
 
 # The online probe is read on so many images after every epoch: 5,000 of val, 10,000 of test.
@@ -54,17 +54,17 @@ class _Parts:
             outputs = []
             for view in views:
                 variables = {"params": params, "batch_stats": batch_stats}
-                (h, z), batch_stats = model.apply(variables, view, True)
-                outputs.append((h, z))
-            (h, z1), (_, z2) = outputs
-            return z1, z2, (h, batch_stats)
+                output, moved = model.apply(variables, view, True)
+                batch_stats = moved if len(outputs) < NUM_GLOBAL else batch_stats
+                outputs.append(output)
+            return *(z for _, z in outputs), (outputs[0][0], batch_stats)
 
-        def loss(z1, z2):
-            return plan.loss_fn(stream_key(hparams.seed, "loss"), z1, z2, hparams)
+        def loss(*embeddings):
+            return plan.loss_fn(stream_key(hparams.seed, "loss"), *embeddings, hparams)
 
         def whole(params, batch_stats, views):
-            z1, z2, aux = forward(params, batch_stats, views)
-            value, terms = loss(z1, z2)
+            *embeddings, aux = forward(params, batch_stats, views)
+            value, terms = loss(*embeddings)
             return value, (terms, aux)
 
         def update(grads, opt_state, params):
@@ -129,13 +129,13 @@ def step_parts(plan: Plan) -> dict[str, Any]:
     parts = _Parts(plan)
     state, images = parts.state, parts.batch[0]
     views = parts.augment(images)
-    z1, z2, (h, _) = parts.forward(state.params, state.batch_stats, views)
+    *embeddings, (h, _) = parts.forward(state.params, state.batch_stats, views)
     _, grads = parts.gradient(state.params, state.batch_stats, views)
     measured = {
         "input": parts.input_seconds(),
         "augment": _seconds(lambda: parts.augment(images)),
         "forward": _seconds(lambda: parts.forward(state.params, state.batch_stats, views)),
-        "loss": _seconds(lambda: parts.loss(z1, z2)),
+        "loss": _seconds(lambda: parts.loss(*embeddings)),
     }
     gradient = _seconds(lambda: parts.gradient(state.params, state.batch_stats, views))
     measured["backward"] = backward_seconds(measured["forward"], measured["loss"], gradient)

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from jepa_jax.augment import to_float
 from jepa_jax.benchmark import roofline
 from jepa_jax.benchmark.timing import REPEATS, spread
-from jepa_jax.config import compute_dtype, validate
+from jepa_jax.config import compute_dtype, local_side, num_local_crops, validate
 from jepa_jax.data import Dataset, from_arrays
 from jepa_jax.errors import TrainingError
 from jepa_jax.loop import make_runner
@@ -45,15 +45,25 @@ def synthetic_dataset(num_images: int = NUM_IMAGES, *, side: int = SIDE) -> Data
 
 
 def fixed_views(
-    key: jax.Array, images: jax.Array, *, size: int = SIDE, num_pairs: int = 1
-) -> tuple[jax.Array, jax.Array]:
-    """In place of `pairs_of_views`: the images themselves, or their corner of size x size.
+    key: jax.Array,
+    images: jax.Array,
+    *,
+    size: int = SIDE,
+    num_pairs: int = 1,
+    local_size: int = 0,
+    num_local_crops: int = 0,
+) -> tuple[jax.Array, ...]:
+    """In place of `multi_crop_views`: the images themselves, or their corners of size x size.
 
     In another order the second time, or XLA would see one view and compute it once.
     """
     del key
-    images = jnp.concatenate([to_float(images)[:, :size, :size]] * num_pairs)
-    return images, images[::-1]
+    images = to_float(images)
+    views = jnp.concatenate([images[:, :size, :size]] * num_pairs)
+    if not num_local_crops:
+        return views, views[::-1]
+    crops = jnp.repeat(images[:, :local_size, :local_size], num_local_crops, axis=0)
+    return views, views[::-1], crops
 
 
 def synthetic_plan(config: ConfigDict, *, num_images: int = NUM_IMAGES, augment: str) -> Plan:
@@ -79,18 +89,23 @@ def synthetic_plan(config: ConfigDict, *, num_images: int = NUM_IMAGES, augment:
     config.data.num_val = min(config.data.num_val, num_images // 2)
     augment_fn = None
     if augment == "none":
+        size = config.data.view_size or side
         augment_fn = functools.partial(
             fixed_views,
-            size=config.data.view_size or side,
+            size=size,
             num_pairs=config.data.num_views // 2,
+            local_size=local_side(config, size) if num_local_crops(config) else 0,
+            num_local_crops=num_local_crops(config),
         )
     dataset = synthetic_dataset(num_images, side=side)
     return make_plan(config, pathlib.Path(), dataset, None, None, augment_fn, None)
 
 
-def _view_side(plan: Plan) -> int:
+def _view_sides(plan: Plan) -> tuple[int, int]:
+    """Of a view, and of a local crop or 0."""
     images = jax.ShapeDtypeStruct((2, *plan.dataset.image_shape), jnp.uint8)
-    return jax.eval_shape(plan.views_fn, jax.random.key(0), images)[0].shape[1]
+    first, _, *crops = jax.eval_shape(plan.views_fn, jax.random.key(0), images)
+    return first.shape[1], crops[0].shape[1] if crops else 0
 
 
 def dtype_name(config: ConfigDict) -> str:
@@ -151,13 +166,16 @@ def measure_step(plan: Plan, *, repeats: int = REPEATS) -> dict[str, Any]:
       ConfigError: for an encoder whose layers are not counted, before anything is measured.
     """
     config, batch_size = plan.config, plan.config.data.batch_size
-    num_views = config.data.num_views
+    num_views, num_crops = config.data.num_views, num_local_crops(config)
+    view_side, crop_side = _view_sides(plan)
     counted = roofline.count(
         config.model.to_dict(),
         batch_size=batch_size,
         num_views=num_views,
         bytes_per_value=jnp.dtype(compute_dtype(config)).itemsize,
-        image_side=_view_side(plan),
+        image_side=view_side,
+        num_local_crops=num_crops,
+        local_side=crop_side,
     )
     state = initial_state(plan)
     began = time.perf_counter()
@@ -185,7 +203,7 @@ def measure_step(plan: Plan, *, repeats: int = REPEATS) -> dict[str, Any]:
         "compile_seconds": compile_seconds,
         "step_seconds": spread(values),
         "images_per_second": images_per_second,
-        "views_per_second": num_views * images_per_second["median"],
+        "views_per_second": (num_views + num_crops) * images_per_second["median"],
         "counted": counted,
         "model_flops_per_second": counted["flops_per_image"] * images_per_second["median"],
         "memory": {**peak_memory(), "program": _program_memory(runner.program)},

@@ -371,7 +371,11 @@ def training_section(run: Run) -> Section:
     if run.series("images_per_second"):
         speeds = [value for value in run.series("images_per_second") if math.isfinite(value)]
         num_views = run.config.get("data.num_views", 2)
-        remark = f"Median {np.median(speeds):,.0f} images/s, each image in {num_views} views."
+        crops = run.config.get("data.num_local_crops", 0)
+        of_crops = f" and {crops} local crops" if crops else ""
+        remark = (
+            f"Median {np.median(speeds):,.0f} images/s, each image in {num_views} views{of_crops}."
+        )
         draw = functools.partial(plots.throughput, run)
         items.append(Chart("throughput", "Throughput", f"By epoch. {remark}", draw, remark))
     if seconds := run.seconds():

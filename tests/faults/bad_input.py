@@ -106,6 +106,8 @@ NEVER_EMPTY = {"data.dataset", "data.train_split"}
 ZERO_IS_LEGAL = {
     "meta.seed",
     "data.view_size",
+    "data.num_local_crops",
+    "data.local_size",
     "data.num_train",
     "data.image_size",
     "data.max_broken",
