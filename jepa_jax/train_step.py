@@ -24,6 +24,9 @@ Metrics = dict[str, jax.Array]
 RESERVED_METRICS = ("loss", "lr", "grad_norm", "probe_loss", "probe_acc", "fault")
 # The one among them that says where something is not finite: no figure, so nothing averages it.
 FAULT = "fault"
+# The first batches of views are the global ones, of the size at which a network is used; any
+# further ones are smaller crops, which only the loss sees.
+NUM_GLOBAL = 2
 
 
 @flax.struct.dataclass
@@ -71,9 +74,11 @@ class TrainState:
     probe: Probe | None
 
 
-LossFn = Callable[[jax.Array, jax.Array, jax.Array, HParams], tuple[jax.Array, Metrics]]
+# (key, z1, z2, hparams): the embeddings of every batch of views that the augmentation makes, two or
+# more of them.
+LossFn = Callable[..., tuple[jax.Array, Metrics]]
 TrainStep = Callable[[TrainState, jax.Array, jax.Array, HParams], tuple[TrainState, Metrics]]
-AugmentFn = Callable[..., tuple[jax.Array, jax.Array]]
+AugmentFn = Callable[..., tuple[jax.Array, ...]]
 
 
 def stream_key(seed: jax.typing.ArrayLike, stream: str, index: jax.typing.ArrayLike = 0):
@@ -190,8 +195,9 @@ def update_probe(
 
 
 def _check_rows(views: list[jax.Array], h: jax.Array, num_images: int) -> None:
-    if len(views[0]) % num_images:
-        raise ValueError(f"augment_fn made {len(views[0])} views of {num_images} images")
+    for view in views:
+        if len(view) % num_images:
+            raise ValueError(f"augment_fn made {len(view)} views of {num_images} images")
     if len(h) != len(views[0]):
         raise ValueError(f"the encoder gave {len(h)} representations of {len(views[0])} views")
 
@@ -222,7 +228,7 @@ def _fault(views: list[jax.Array], grad_squares: list[jax.Array], params: Any) -
         return ~jnp.all(jnp.isfinite(array))
 
     gradients = jnp.stack([is_bad(square) for square in grad_squares])
-    is_bad_view = is_bad(views[0]) | is_bad(views[1])
+    is_bad_view = jnp.any(jnp.stack([is_bad(view) for view in views]))
     parameters = [is_bad(leaf) for leaf in jax.tree.leaves(params)]
     flags = jnp.concatenate([is_bad_view[None], gradients, jnp.stack(parameters)])
     first = jnp.where(jnp.any(flags), jnp.argmax(flags) + 1, 0)
@@ -235,16 +241,21 @@ def _grads(model: ModelFns, params, batch_stats, views, score):
     """(loss, terms), h of the first views, new batch statistics, and the parameters' gradient.
 
     Args:
-      score: (z1, z2) -> (loss, terms).
+      views: two batches of views or more, of any sizes and numbers of rows. Each is normalised by
+        moments of its own; the running statistics are those of the `NUM_GLOBAL` first.
+      score: (z1, z2, ...), one of each batch -> (loss, terms).
     """
 
     def loss_and_aux(params):
+        stats, outputs = batch_stats, []
         with jax.named_scope("model"):
-            variables = {"params": params, "batch_stats": batch_stats}
-            (h1, z1), stats = model.apply(variables, views[0], True)
-            (_, z2), stats = model.apply({**variables, "batch_stats": stats}, views[1], True)
-        loss, terms = score(z1, z2)
-        return loss, (terms, h1, stats)
+            for place, view in enumerate(views):
+                variables = {"params": params, "batch_stats": stats}
+                output, moved = model.apply(variables, view, True)
+                stats = moved if place < NUM_GLOBAL else stats
+                outputs.append(output)
+        loss, terms = score(*(z for _, z in outputs))
+        return loss, (terms, outputs[0][0], stats)
 
     (loss, (terms, h, stats)), grads = jax.value_and_grad(loss_and_aux, has_aux=True)(params)
     return (loss, terms), h, stats, grads
@@ -294,13 +305,18 @@ def _grads_by_pieces(model: ModelFns, params, batch_stats, views, score, *, num_
 
         return scan(body, grads, (split(view), split(pulls)))[0]
 
-    (h, z1), stats = embed_all(batch_stats, views[0])
-    (_, z2), stats = embed_all(stats, views[1])
-    (loss, terms), pulls = jax.value_and_grad(score, argnums=(0, 1), has_aux=True)(z1, z2)
+    stats, outputs = batch_stats, []
+    for place, view in enumerate(views):
+        output, moved = embed_all(stats, view)
+        stats = moved if place < NUM_GLOBAL else stats
+        outputs.append(output)
+    embeddings = [z for _, z in outputs]
+    score_and_pulls = jax.value_and_grad(score, argnums=tuple(range(len(views))), has_aux=True)
+    (loss, terms), pulls = score_and_pulls(*embeddings)
     grads = jax.tree.map(jnp.zeros_like, params)
     for view, pull in zip(views, pulls, strict=True):
         grads = add_grads(grads, view, pull)
-    return (loss, terms), h, stats, grads
+    return (loss, terms), outputs[0][0], stats, grads
 
 
 def make_train_step(
@@ -316,15 +332,18 @@ def make_train_step(
     """The step `(state, images, labels, hparams) -> (state, metrics)`, pure and not yet jitted.
 
     The two views go through the model one after the other, each with its own batch statistics, as
-    in the reference; the running statistics are updated twice.
+    in the reference; the running statistics are updated twice. So do any further batches of views,
+    such as small local crops: they take part in the loss, and neither the running statistics nor
+    the online probe see them.
 
     Args:
       model: see `ModelFns`.
       augment_fn: (key, images uint8 [B, H, W, C], **hparams.augment) -> two views in [0, 1],
         [B, h, w, C] each; or P pairs of views, [P * B, h, w, C] each, as `pairs_of_views` stacks
-        them.
+        them. Any further batches, [n * B, h', w', C], may be of other sizes.
       mean, std: the normalisation of every view.
-      loss_fn: (key, z1, z2, hparams) -> (loss, terms), scalars all.
+      loss_fn: (key, z1, z2, hparams) -> (loss, terms), scalars all; with further batches of views
+        (key, z1, z2, z3, ..., hparams).
       optimizer: a name of `optim.OPTIMIZERS`.
       microbatches: pieces in which the views go through the network, one after the other, for
         batches whose activations do not fit; a divisor of B. See `_grads_by_pieces`.
@@ -340,9 +359,9 @@ def make_train_step(
         grads_of = functools.partial(_grads_by_pieces, num_pieces=microbatches)
 
     def scored(loss_key, hparams):
-        def score(z1, z2):
+        def score(*embeddings):
             with jax.named_scope("loss"):
-                loss, terms = loss_fn(loss_key, z1, z2, hparams)
+                loss, terms = loss_fn(loss_key, *embeddings, hparams)
             _check_scalars(loss, terms)
             return loss, terms
 

@@ -345,9 +345,16 @@ FAULTS = [
     Fault(
         "the first view twice",
         "train_step.py",
-        "views[1], True",
-        "views[0], True",
+        "model.apply(variables, view, True)",
+        "model.apply(variables, views[0], True)",
         "test_train_step.py::test_a_step_equals_one_written_by_hand",
+    ),
+    Fault(
+        "small crops move the running statistics",
+        "train_step.py",
+        "NUM_GLOBAL = 2",
+        "NUM_GLOBAL = 3",
+        "test_train_step.py::test_further_views_of_another_size_reach_the_loss_alone",
     ),
     Fault(
         "a step at the next step's rate",
@@ -366,15 +373,15 @@ FAULTS = [
     Fault(
         "the statistics of the second view are lost",
         "train_step.py",
-        "(_, z2), stats = model.apply",
-        "(_, z2), _ = model.apply",
+        "NUM_GLOBAL = 2",
+        "NUM_GLOBAL = 1",
         "test_train_step.py::test_a_step_equals_one_written_by_hand",
     ),
     Fault(
         "the probe's gradient reaches the encoder",
         "train_step.py",
-        "return loss, (terms, h1, stats)",
-        "return loss + jnp.mean(h1), (terms, h1, stats)",
+        "return loss, (terms, outputs[0][0], stats)",
+        "return loss + jnp.mean(outputs[0][0]), (terms, outputs[0][0], stats)",
         "test_train_step.py::test_a_step_equals_one_written_by_hand",
     ),
     Fault(

@@ -669,6 +669,74 @@ def test_a_profile_can_tell_the_parts_of_a_step_apart(batch):
         assert re.search(rf'"[^"]*\b{scope}\b[^"]*"', text), scope
 
 
+# --- more than two batches of views -------------------------------------------------------------
+
+
+def pooled_apply(variables, images, train):
+    """`dense_apply` on three by three mean colours: for images of every size."""
+    batch, side = images.shape[0], images.shape[1] // 3
+    images = images[:, : 3 * side, : 3 * side].reshape(batch, 3, side, 3, side, 3)
+    return dense_apply(variables, jnp.mean(images, axis=(2, 4)), train)
+
+
+POOLED = ModelFns(lambda key, images: dense_init(key, images[:, :3, :3]), pooled_apply)
+
+
+def with_small_crops(key, images):
+    """Two views of 8x8, and two crops of 5x5 below one another."""
+    return *dimmed(key, images), jnp.concatenate([to_float(images)[:, :5, :5]] * 2)
+
+
+def of_three(key, z1, z2, z3, hparams):
+    """Rows n and n + B of z3 belong to image n."""
+    loss, terms = vicreg(key, z1, z2, hparams)
+    crops = jnp.mean(jnp.square(z3 - jnp.concatenate([z1, z2])))
+    return loss + crops, {**terms, "crops_loss": crops}
+
+
+def test_further_views_of_another_size_reach_the_loss_alone(resnet_state, batch):
+    """Against a step written out; the statistics and the probe are those of the step without."""
+    hparams = some_hparams()
+    step = jax.jit(new_step(RESNET, with_small_crops, loss_fn=of_three))
+    state, metrics = step(resnet_state, *batch, hparams)
+    views = with_small_crops(stream_key(7, "views", resnet_state.step), batch[0])
+    views = [jnp.asarray(normalised(view)) for view in views]
+
+    @jax.jit
+    def loss_of(params):
+        given = {"params": params, "batch_stats": resnet_state.batch_stats}
+        zs = [RESNET.apply(given, view, True)[0][1] for view in views]
+        crops = jnp.stack([zs[2][:BATCH] - zs[0], zs[2][BATCH:] - zs[1]])
+        return vicreg_by_hand(*zs[:2], hparams) + jnp.mean(crops**2)
+
+    loss, grads = jax.value_and_grad(loss_of)(resnet_state.params)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-3)
+    assert float(metrics["crops_loss"]) > 0.01
+    without, _ = jax.jit(new_step(RESNET))(resnet_state, *batch, hparams)
+    assert_trees_close(state.batch_stats, without.batch_stats)
+    assert_trees_close(state.probe, without.probe)
+
+
+def test_crops_that_are_not_those_of_the_images_are_refused(batch):
+    def one_more(key, images):
+        x1, x2, crops = with_small_crops(key, images)
+        return x1, x2, crops[:-1]
+
+    step = new_step(POOLED, one_more, loss_fn=lambda key, z1, z2, z3, hparams: (jnp.mean(z1), {}))
+    with pytest.raises(ValueError, match="augment_fn made 15 views of 8 images"):
+        step(new_state(POOLED, some_hparams()), *batch, some_hparams())
+
+
+def test_a_crop_that_is_not_finite_is_told_as_a_view(batch):
+    def spoilt(key, images):
+        x1, x2, crops = with_small_crops(key, images)
+        return x1, x2, crops.at[-1, 0, 0, 0].set(jnp.nan)
+
+    found = a_fault(batch, model=POOLED, augment_fn=spoilt, loss_fn=of_three)
+    assert found == "a view of an image is not finite"
+
+
 # --- microbatches -------------------------------------------------------------------------------
 
 
@@ -689,6 +757,14 @@ def test_microbatches_change_nothing_of_an_encoder_without_batch_statistics(batc
         metrics.append(found)
     assert_trees_close(states[1], states[0])
     assert_trees_close(metrics[1], metrics[0])
+
+
+def test_microbatches_take_smaller_crops_too(batch):
+    hparams, options = some_hparams(), {"augment_fn": with_small_crops, "loss_fn": of_three}
+    state = new_state(POOLED, hparams)
+    steps = [jax.jit(new_step(POOLED, microbatches=count, **options)) for count in (1, 4)]
+    whole, pieces = (step(state, *batch, hparams) for step in steps)
+    assert_trees_close(pieces, whole)
 
 
 def test_microbatches_normalise_by_their_own_moments_and_the_loss_sees_the_whole_batch(batch):
