@@ -68,11 +68,19 @@ def get_config() -> ConfigDict:
     config.model.expand_dim = 0  # new; features of a 1x1 convolution after the last stage; 0: none
     config.model.stem_init = "random"  # new; or whitening, by eigenvectors of image patches
 
+    config.model.predictor = False  # new; True predicts what a target network says, see loss
+    config.model.target_ema = 0.0  # new; its momentum at the start; 0: the online network itself
+    config.model.mask = "none"  # new; predicted is the other view; or blocks: masked patches (ViT)
+    config.model.pred_hidden_dim = 4096  # new; BYOL's; of the predictor from view to view
+    config.model.pred_dim = 384  # new; I-JEPA's; of the predictor from patches to patches
+    config.model.pred_depth = 6  # new; I-JEPA's for its smallest networks
+
     config.loss = ConfigDict()
     config.loss.type = "vicreg"
     config.loss.sim_coeff = 1.0  # new; fixed to 1 in the reference
     config.loss.std_coeff = 25.0  # the paper's balance is 1
     config.loss.cov_coeff = 1.0  # the paper's balance at 4096 outputs is (4096 - 1) / 25 = 164
+    config.loss.pred_coeff = 1.0  # new; of the predictor's term, where there is a predictor
 
     config.optim = ConfigDict()
     config.optim.name = "lars"  # new; lars (with clipping, as the reference), sgd, adamw, muon

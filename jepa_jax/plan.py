@@ -28,6 +28,7 @@ from jepa_jax.config import (
     create_encoder,
     flatten,
     has_blur,
+    has_target,
     hparams_from,
     view_options,
 )
@@ -44,7 +45,7 @@ from jepa_jax.environment import describe_environment
 from jepa_jax.errors import CheckpointError, ConfigError
 from jepa_jax.evaluation import has_labels
 from jepa_jax.metrics import read_json, write_json
-from jepa_jax.models import Encoder, patch_whitening_kernel
+from jepa_jax.models import PREDICTOR, Encoder, patch_whitening_kernel, without_predictor
 from jepa_jax.paths import home_expanded
 from jepa_jax.progress import say
 from jepa_jax.representation import labelled, split_validation
@@ -55,6 +56,7 @@ from jepa_jax.train_step import (
     TrainState,
     create_train_state,
     fault_places,
+    fresh_target,
     stream_key,
     vicreg,
 )
@@ -88,13 +90,14 @@ def _order(seed, epoch, num_images: int, batch_size: int) -> jax.Array:
 
 # Of a few networks: the plans of a sweep share what is compiled.
 @functools.lru_cache(maxsize=4)
-def _state_creator(model, image_shape, num_classes: int, optimizer: str):
+def _state_creator(model, image_shape, num_classes: int, optimizer: str, with_target: bool):
     create = functools.partial(
         create_train_state,
         model,
         image_shape=image_shape,
         num_classes=num_classes,
         optimizer=optimizer,
+        has_target=with_target,
     )
     return jax.jit(create)
 
@@ -180,7 +183,7 @@ class Plan:
         """Draws the first parameters and what goes with them; compiled once."""
         num_classes = self.dataset.num_classes if self.has_labels else 0
         name, shape = self.config.optim.name, self.dataset.image_shape
-        return _state_creator(self.encoder.model, shape, num_classes, name)
+        return _state_creator(self.encoder.model, shape, num_classes, name, has_target(self.config))
 
     def with_numbers(self, config: ConfigDict, workdir: pathlib.Path) -> "Plan":
         """The plan of a config that differs in traced numbers alone: it shares what is compiled."""
@@ -357,7 +360,7 @@ def initial_state(plan: Plan) -> TrainState:
     state = plan.create_state(plan.hparams)
     if plan.config.model.stem_init == "whitening" and "encoder" not in plan.custom:
         _whiten_stem(plan.encoder, plan.config, plan.dataset.train_images, state.params)
-    return state
+    return fresh_target(state)
 
 
 def untrained_variables(
@@ -550,7 +553,8 @@ def starting_state(plan: Plan, checkpoints: Any, state: TrainState):
 def _with_parameters_of(plan: Plan, state: TrainState) -> TrainState:
     """The state with the parameters and statistics in `plan.init_from`.
 
-    An encoder that was imported without a projector is trained under the fresh one.
+    An encoder that was imported without a projector is trained under the fresh one, and so is one
+    without a predictor. A target network begins as a copy of what was given.
     """
     workdir = home_expanded(plan.init_from)
     stored = checkpoint.load_latest(workdir)
@@ -559,7 +563,11 @@ def _with_parameters_of(plan: Plan, state: TrainState) -> TrainState:
     if "encoder" in given["params"] and "projector" in set(state.params) - set(given["params"]):
         say(f"{'init':<10}{workdir} has no projector: a new one is trained")
         given = {kind: {**wanted[kind], **tree} for kind, tree in given.items()}
-
+    if PREDICTOR not in set(state.params):
+        given = without_predictor(given)
+    elif PREDICTOR not in given["params"]:
+        say(f"{'init':<10}{workdir} has no predictor: a new one is trained")
+        given["params"][PREDICTOR] = state.params[PREDICTOR]
     try:
         for kind in ("params", "batch_stats"):
             checkpoint.check_shapes(checkpoint.shapes_of({kind: given[kind]}), {kind: wanted[kind]})
@@ -567,7 +575,7 @@ def _with_parameters_of(plan: Plan, state: TrainState) -> TrainState:
         raise CheckpointError(f"--init_from={workdir} holds another model: {error}") from error
     _check_same_network(plan, workdir)
     given = jax.tree.map(jnp.asarray, given)
-    return dataclasses.replace(state, **given)
+    return fresh_target(dataclasses.replace(state, **given))
 
 
 def _check_same_network(plan: Plan, workdir: pathlib.Path) -> None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from jepa_jax.losses import vicreg_loss
-from jepa_jax.models import ModelFns, normalize
+from jepa_jax.models import ModelFns, normalize, without_predictor
 from jepa_jax.optim import create_optimizer, late_epoch_warmup_cosine, warmup_cosine
 
 Metrics = dict[str, jax.Array]
@@ -27,6 +27,8 @@ FAULT = "fault"
 # The first batches of views are the global ones, of the size at which a network is used; any
 # further ones are smaller crops, which only the loss sees.
 NUM_GLOBAL = 2
+# How the term of a model with a predictor is called.
+PRED_LOSS = "pred_loss"
 
 
 @flax.struct.dataclass
@@ -37,6 +39,8 @@ class HParams:
     `warmup_steps` and falls by a half cosine to `min_lr` at `num_steps`. With `late_epoch_steps`
     above 0, the steps of an epoch, it is the reference's: see `late_epoch_warmup_cosine`.
     `augment` holds what augment_fn takes beside key and images, by name; nothing for one's own.
+    `pred_coeff` weighs the term of a model with a predictor; `target_ema` is the momentum that its
+    target network begins with, see `target_momentum`.
     """
 
     seed: jax.typing.ArrayLike
@@ -53,6 +57,8 @@ class HParams:
     probe_lr: jax.typing.ArrayLike
     late_epoch_steps: jax.typing.ArrayLike = 0.0
     augment: dict[str, Any] = dataclasses.field(default_factory=dict)
+    pred_coeff: jax.typing.ArrayLike = 1.0
+    target_ema: jax.typing.ArrayLike = 0.0
 
 
 @flax.struct.dataclass
@@ -72,6 +78,16 @@ class TrainState:
     batch_stats: Any
     opt_state: optax.OptState
     probe: Probe | None
+
+
+@flax.struct.dataclass
+class TargetState(TrainState):
+    """The state of a run with a target network: its `params` (no predictor) and `batch_stats`.
+
+    A class of its own, so that a state without a target has the arrays that it always had.
+    """
+
+    target: dict[str, Any]
 
 
 # (key, z1, z2, hparams): the embeddings of every batch of views that the augmentation makes, two or
@@ -114,6 +130,31 @@ def learning_rate(hparams: HParams, step: jax.typing.ArrayLike) -> jax.Array:
     return jnp.where(epoch_steps > 0, late, warmup_cosine(step, **numbers))
 
 
+def target_momentum(hparams: HParams, step: jax.typing.ArrayLike) -> jax.Array:
+    """Of the target network after update number `step`, from 0 (arXiv 2006.07733, section 3.3).
+
+    From `target_ema` by a half cosine to 1 at `num_steps`. (I-JEPA's goes there in a line.)
+    """
+    share = jnp.asarray(step, jnp.float32) / hparams.num_steps
+    return 1 - (1 - hparams.target_ema) * (jnp.cos(jnp.pi * share) + 1) / 2
+
+
+def fresh_target(state: TrainState) -> TrainState:
+    """The state with a target network, if it has any, that is a copy of the online one."""
+    if not isinstance(state, TargetState):
+        return state
+    online = without_predictor({"params": state.params, "batch_stats": state.batch_stats})
+    # Arrays of its own: a state that holds one twice cannot be donated.
+    return state.replace(target=jax.tree.map(jnp.copy, online))
+
+
+def _with_moved_target(state: TargetState, momentum: jax.Array) -> TargetState:
+    """The target network moved towards the online one: m * target + (1 - m) * online."""
+    online = without_predictor({"params": state.params, "batch_stats": state.batch_stats})
+    moved = jax.tree.map(lambda t, p: momentum * t + (1 - momentum) * p, state.target, online)
+    return state.replace(target=moved)
+
+
 def _optimizer(name: str, hparams: HParams, step: jax.typing.ArrayLike):
     return create_optimizer(
         name,
@@ -130,6 +171,7 @@ def create_train_state(
     image_shape: tuple[int, int, int],
     num_classes: int,
     optimizer: str = "lars",
+    has_target: bool = False,
 ) -> TrainState:
     """A fresh state, a function of `hparams.seed`; jit-able.
 
@@ -139,6 +181,10 @@ def create_train_state(
       image_shape: (H, W, C) of one view.
       num_classes: of the online probe; 0 without labels.
       optimizer: a name of `optim.OPTIMIZERS`.
+      has_target: whether a model with a predictor has a target network of its own.
+
+    Returns:
+      a `TargetState` if it has, else a `TrainState`.
     """
     images = jnp.zeros((2, *image_shape), jnp.float32)
     variables = model.init(stream_key(hparams.seed, "init"), images)
@@ -151,13 +197,14 @@ def create_train_state(
             "bias": jnp.zeros((num_classes,), jnp.float32),
         }
         probe = Probe(probe_params, optax.adam(hparams.probe_lr).init(probe_params))
-    return TrainState(
+    state = TrainState(
         step=jnp.zeros([], jnp.int32),
         params=params,
         batch_stats=batch_stats,
         opt_state=_optimizer(optimizer, hparams, 0).init(params),
         probe=probe,
     )
+    return fresh_target(TargetState(**vars(state), target={})) if has_target else state
 
 
 def probe_logits(probe_params: dict[str, jax.Array], h: jax.Array) -> jax.Array:
@@ -237,13 +284,15 @@ def _fault(views: list[jax.Array], grad_squares: list[jax.Array], params: Any) -
     return jnp.where(is_everywhere, len(flags) + 1, first).astype(jnp.float32)
 
 
-def _grads(model: ModelFns, params, batch_stats, views, score):
+def _grads(model: ModelFns, params, batch_stats, views, score, predict=None):
     """(loss, terms), h of the first views, new batch statistics, and the parameters' gradient.
 
     Args:
       views: two batches of views or more, of any sizes and numbers of rows. Each is normalised by
         moments of its own; the running statistics are those of the `NUM_GLOBAL` first.
       score: (z1, z2, ...), one of each batch -> (loss, terms).
+      predict: (variables, views, embeddings), of the `NUM_GLOBAL` first -> (loss, terms) that are
+        added; nothing for a model without a predictor.
     """
 
     def loss_and_aux(params):
@@ -254,7 +303,12 @@ def _grads(model: ModelFns, params, batch_stats, views, score):
                 output, moved = model.apply(variables, view, True)
                 stats = moved if place < NUM_GLOBAL else stats
                 outputs.append(output)
-        loss, terms = score(*(z for _, z in outputs))
+        embeddings = [z for _, z in outputs]
+        loss, terms = score(*embeddings)
+        if predict is not None:
+            variables = {"params": params, "batch_stats": batch_stats}
+            more, term = predict(variables, views[:NUM_GLOBAL], embeddings[:NUM_GLOBAL])
+            loss, terms = loss + more, {**terms, **term}
         return loss, (terms, outputs[0][0], stats)
 
     (loss, (terms, h, stats)), grads = jax.value_and_grad(loss_and_aux, has_aux=True)(params)
@@ -348,6 +402,12 @@ def make_train_step(
       microbatches: pieces in which the views go through the network, one after the other, for
         batches whose activations do not fit; a divisor of B. See `_grads_by_pieces`.
 
+    A model with a predictor adds hparams.pred_coeff times its prediction to the loss, and reports
+    it as `pred_loss`; the target network of a `TargetState` then moves, see `target_momentum`.
+
+    Raises:
+      ValueError: for a model with a predictor in microbatches.
+
     Returns:
       a function of images uint8 [B, H, W, C] and int32 labels [B], -1 for no label. Metrics are
       float32 scalars: loss, the loss's terms, lr, grad_norm, probe_loss, probe_acc, and fault, 0
@@ -356,6 +416,8 @@ def make_train_step(
 
     grads_of = _grads
     if microbatches > 1:
+        if model.predict is not None:
+            raise ValueError("a model with a predictor does not go through in microbatches")
         grads_of = functools.partial(_grads_by_pieces, num_pieces=microbatches)
 
     def scored(loss_key, hparams):
@@ -363,9 +425,22 @@ def make_train_step(
             with jax.named_scope("loss"):
                 loss, terms = loss_fn(loss_key, *embeddings, hparams)
             _check_scalars(loss, terms)
+            if model.predict is not None and PRED_LOSS in terms:
+                raise ValueError(f"loss_fn may not call a term {PRED_LOSS!r}, the predictor's own")
             return loss, terms
 
         return score
+
+    def predicted(state, hparams):
+        key = stream_key(hparams.seed, "predictor", state.step)
+        target = jax.lax.stop_gradient(getattr(state, "target", None))
+
+        def predict(variables, views, embeddings):
+            with jax.named_scope("predictor"):
+                term = model.predict(key, variables, target, views, embeddings)
+            return hparams.pred_coeff * term, {PRED_LOSS: term}
+
+        return {} if model.predict is None else {"predict": predict}
 
     def train_step(state, images, labels, hparams):
         with jax.named_scope("augment"):
@@ -374,7 +449,12 @@ def make_train_step(
             views = [normalize(view, mean, std) for view in views]
         loss_key = stream_key(hparams.seed, "loss", state.step)
         (loss, terms), h, batch_stats, grads = grads_of(
-            model, state.params, state.batch_stats, views, scored(loss_key, hparams)
+            model,
+            state.params,
+            state.batch_stats,
+            views,
+            scored(loss_key, hparams),
+            **predicted(state, hparams),
         )
         _check_rows(views, h, len(images))
         with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
@@ -395,7 +475,16 @@ def make_train_step(
             FAULT: fault,
             **probe_metrics,
         }
-        return TrainState(state.step + 1, params, batch_stats, opt_state, probe), metrics
+        moved = state.replace(
+            step=state.step + 1,
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            probe=probe,
+        )
+        if isinstance(state, TargetState):
+            moved = _with_moved_target(moved, target_momentum(hparams, state.step))
+        return moved, metrics
 
     return train_step
 
