@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
     config.augment.blur_sigma = (0.1, 2.0)  # new; pixels, from and to
 
     config.model = ConfigDict()
-    config.model.type = "resnet"
+    config.model.type = "resnet"  # or vit_ti, vit_s, vit_b, or one's own: my_module:my_encoder
     config.model.use_projector = True  # False applies the loss to the representation itself
     config.model.proj_hidden_dim = 4096  # eight times the features: VICReg gains from wide ones
     config.model.proj_output_dim = 4096  # the D of the loss
@@ -67,6 +67,10 @@ def get_config() -> ConfigDict:
     config.model.stem_pool = False  # new; a max-pool that halves the map after the stem
     config.model.expand_dim = 0  # new; features of a 1x1 convolution after the last stage; 0: none
     config.model.stem_init = "random"  # new; or whitening, by eigenvectors of image patches
+    config.model.patch_size = 4  # new; this and the next three are read by vit_* alone
+    config.model.pos_embed = "learned"  # new; or sincos
+    config.model.pool = "cls"  # new; the class token, or mean: over the patches
+    config.model.depth = 0  # new; blocks; 0: as many as the type has
 
     config.model.predictor = False  # new; True predicts what a target network says, see loss
     config.model.target_ema = 0.0  # new; its momentum at the start; 0: the online network itself

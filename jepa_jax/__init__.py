@@ -29,7 +29,17 @@ _HOMES = {
     "health": ("effective_rank", "rank_me"),
     "interop": ("TorchModel", "import_torch"),
     "losses": ("vicreg_loss",),
-    "models": ("Encoder", "ImageJEPA", "ModelFns", "Projector", "ResNet", "ResNet18", "ResNet50"),
+    "models": (
+        "Encoder",
+        "EncoderFns",
+        "ImageJEPA",
+        "ModelFns",
+        "Projector",
+        "ResNet",
+        "ResNet18",
+        "ResNet34",
+        "ResNet50",
+    ),
     "optim": ("lars", "warmup_cosine"),
     "probes": ("knn_votes", "logistic_probe", "ridge_probe"),
     "report": ("write_report",),
@@ -41,6 +51,7 @@ _HOMES = {
         "make_train_epoch",
         "make_train_step",
     ),
+    "vit": ("ViT", "ViTB", "ViTS", "ViTTi"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -20,10 +20,11 @@ from ml_collections import ConfigDict
 
 from jepa_jax import checkpoint
 from jepa_jax.config import SCHEMA_VERSION, check_stored, create_encoder, feature_dim
-from jepa_jax.errors import CheckpointError, Interrupted
+from jepa_jax.encoders import is_own, model_type, vit_sizes
+from jepa_jax.errors import CheckpointError, ConfigError, Interrupted
 from jepa_jax.interop import TorchModel, encoder_tensors, projector_tensors, serialize_encoder
 from jepa_jax.metrics import read_json, write_json
-from jepa_jax.models import Encoder, ModelFns
+from jepa_jax.models import Encoder, EncoderFns, ModelFns
 from jepa_jax.signals import stop_on_signals
 
 # Of an export's card.json.
@@ -31,7 +32,7 @@ CARD_SCHEMA_VERSION = 1
 
 
 def load_encoder(
-    workdir: str | os.PathLike[str], *, encoder: nn.Module | ModelFns | None = None
+    workdir: str | os.PathLike[str], *, encoder: nn.Module | EncoderFns | ModelFns | None = None
 ) -> tuple[Encoder, dict[str, Any]]:
     """The pretrained encoder of a finished run, as its ridge probe saw it.
 
@@ -76,13 +77,16 @@ def read_run(workdir: str | os.PathLike[str]) -> tuple[pathlib.Path, dict[str, A
 
 
 def described_encoder(
-    workdir: pathlib.Path, stored: dict[str, Any], encoder: nn.Module | ModelFns | None = None
+    workdir: pathlib.Path,
+    stored: dict[str, Any],
+    encoder: nn.Module | EncoderFns | ModelFns | None = None,
 ) -> Encoder:
     """The encoder that a run's config.json describes, see `read_run`, without its variables.
 
     Raises:
       CheckpointError: if it cannot be described, or the run had an encoder of its own that is not
         given.
+      ConfigError: if it names one by dotted path that cannot be had here.
     """
     if encoder is None and "encoder" in stored["custom"]:
         raise CheckpointError(
@@ -92,6 +96,9 @@ def described_encoder(
     try:
         return create_encoder(ConfigDict(stored["config"]), encoder)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # That one's own encoder is not here says nothing against the folder.
+        if isinstance(error, ConfigError) and is_own(stored["config"]["model"]):
+            raise
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{workdir / 'config.json'} describes no encoder of this version ({reason})"
@@ -151,7 +158,8 @@ def save_import(model: TorchModel, folder: str | os.PathLike[str]) -> None:
 def export_encoder(workdir: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
     """Writes the encoder of a finished run to a new folder, for use without this package.
 
-    encoder.safetensors: the weights, in torchvision's names and layouts, float32.
+    encoder.safetensors: the weights, float32; those of a ResNet in torchvision's names and layouts,
+      of a transformer in the package's own ('block0.qkv.kernel').
     projector.safetensors: those of the projector if there is one, in an nn.Sequential's names.
     probe.safetensors: the linear probe of imported weights, in an nn.Linear's.
     encoder.stablehlo: (tensors, images) -> h [b, F], tensors as loaded from encoder.safetensors,
@@ -175,6 +183,11 @@ def export_encoder(workdir: str | os.PathLike[str], folder: str | os.PathLike[st
         )
     variables = checkpoint.load_tree(workdir / "encoder")
     described_encoder(workdir, stored)
+    if is_own(stored["config"]["model"]):
+        raise CheckpointError(
+            f"{workdir} was trained with an encoder of its own, {stored['config']['model']['type']}"
+            ": only the package's encoders are exported"
+        )
     model = {**stored["config"]["model"], "use_projector": False}
     alone = {**stored, "config": {**stored["config"], "model": model}}
     encoder = described_encoder(workdir, alone)
@@ -196,7 +209,10 @@ def export_encoder(workdir: str | os.PathLike[str], folder: str | os.PathLike[st
                 "mean": list(encoder.mean),
                 "std": list(encoder.std),
                 "range": [0.0, 1.0],
-                "layout": {"encoder.stablehlo": "NHWC", "encoder.safetensors": "NCHW"},
+                "layout": {
+                    "encoder.stablehlo": "NHWC",
+                    "encoder.safetensors": _layout(stored["config"]),
+                },
                 "image_shape": list(image_shape),
             },
             "architecture": _architecture(stored["config"]),
@@ -210,6 +226,14 @@ def export_encoder(workdir: str | os.PathLike[str], folder: str | os.PathLike[st
         write_json(partial / "card.json", card)
 
 
+def _is_resnet(config: dict[str, Any]) -> bool:
+    return model_type(config["model"]) == "resnet"
+
+
+def _layout(config: dict[str, Any]) -> str:
+    return "NCHW" if _is_resnet(config) else "NHWC"
+
+
 def _architecture(config: dict[str, Any]) -> dict[str, Any]:
     model, training = config["model"], config["training"]
     block = model.get("block", "basic")
@@ -218,11 +242,17 @@ def _architecture(config: dict[str, Any]) -> dict[str, Any]:
     if model["use_projector"]:
         hidden = model["proj_hidden_dim"]
         projector = [hidden, hidden, model["proj_output_dim"]]
+    if _is_resnet(config):
+        sizes = {
+            "type": f"ResNet of {block} blocks",
+            "block": block,
+            **{name: model[name] for name in names},
+            "expand_dim": model.get("expand_dim", 0),
+        }
+    else:
+        sizes = {"type": model_type(model), **vit_sizes(model)}
     return {
-        "type": f"ResNet of {block} blocks",
-        "block": block,
-        **{name: model[name] for name in names},
-        "expand_dim": model.get("expand_dim", 0),
+        **sizes,
         "feature_dim": feature_dim(model),
         "projector": projector,
         "compute_dtype": training["dtype"] if training["use_amp"] else "float32",

@@ -19,15 +19,24 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jepa_jax import device
+from jepa_jax.dotted import is_dotted
+from jepa_jax.encoders import (
+    MODEL_TYPES,
+    build_encoder,
+    encoder_dim,
+    encoder_parameters,
+    is_own,
+    model_type,
+)
 from jepa_jax.errors import CheckpointError, ConfigError
 from jepa_jax.models import (
     Encoder,
+    EncoderFns,
     ImageJEPA,
     ModelFns,
     Projector,
-    ResNet,
-    block_expansion,
     linen_model,
+    with_projector,
 )
 from jepa_jax.optim import OPTIMIZERS
 from jepa_jax.predictors import (
@@ -38,7 +47,7 @@ from jepa_jax.predictors import (
     predicts_views,
 )
 from jepa_jax.train_step import HParams
-from jepa_jax.vit import ViT
+from jepa_jax.vit import POOLS, POS_EMBEDS, ViT
 
 # Of config.json and summary.json.
 SCHEMA_VERSION = 1
@@ -151,7 +160,15 @@ _KEYS = {
         "two numbers of pixels, 0 < from <= to <= 100",
         lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 100,
     ),
-    "model.type": _one_of("resnet"),
+    "model.type": _Key(
+        str,
+        f"one of {', '.join(MODEL_TYPES)}, or one's own as my_module:my_encoder",
+        lambda value: value in MODEL_TYPES or is_dotted(value),
+    ),
+    "model.patch_size": _Key(int, "2, 4, 8, 14 or 16", lambda value: value in (2, 4, 8, 14, 16)),
+    "model.pos_embed": _one_of(*POS_EMBEDS),
+    "model.pool": _one_of(*POOLS),
+    "model.depth": _between(0, _MOST_BLOCKS),
     "model.use_projector": _FLAG,
     "model.proj_hidden_dim": _between(1, 2**18),
     "model.proj_output_dim": _between(2, 2**18),
@@ -305,7 +322,8 @@ def _check_value(name: str, value: Any) -> None:
     if not key.is_legal(value):
         near = ""
         if key.type is str:
-            near = nearest(value, key.rule.removeprefix("one of ").split(", "))
+            names = key.rule.removeprefix("one of ").partition(", or ")[0]
+            near = nearest(value, names.split(", "))
         raise ConfigError(f"config.{name} must be {key.rule}, got {_shown(value)}{near}")
 
 
@@ -335,13 +353,18 @@ def validate(config: ConfigDict) -> None:
             f"other than 1, got {optim.warmup_epochs:g}"
         )
     _check_prediction(config)
+    if config.model.stem_init == "whitening" and model_type(config.model) != "resnet":
+        raise ConfigError(
+            "config.model.stem_init=whitening is for config.model.type=resnet: with "
+            f"{config.model.type} give --config.model.stem_init=random"
+        )
     if config.model.stem_init == "whitening" and config.model.width % 2:
         raise ConfigError("config.model.stem_init=whitening needs an even config.model.width")
     if (count := num_parameters(config.model)) > _MOST_PARAMETERS:
         raise ConfigError(
             f"config.model describes a network of {count:.1e} parameters, at most "
             f"{_MOST_PARAMETERS:.1e} can be trained: give it a smaller config.model.width, fewer "
-            "config.model.stage_sizes or smaller projector dims"
+            "config.model.stage_sizes or config.model.depth, or smaller projector dims"
         )
 
 
@@ -368,43 +391,33 @@ def has_target(config: Mapping[str, Any]) -> bool:
 
 
 def num_parameters(model: Mapping[str, Any]) -> int:
-    """How many the `model` section of a config describes; of a network that is never built."""
-    channels = width = model["width"]
-    size = (3 * model["stem_kernel"] ** 2 + 2) * width
-    for stage, num_blocks in enumerate(model["stage_sizes"]):
-        inputs, width = channels, model["width"] * 2**stage
-        channels = width * _expansion(model)
-        # A scale and a bias of BatchNorm after each convolution.
-        has_skip = stage > 0 or inputs != channels
-        size += (inputs + 2) * channels if has_skip else 0
-        size += _block_size(model, inputs, width)
-        size += (num_blocks - 1) * _block_size(model, channels, width)
-    if expand_dim := model.get("expand_dim", 0):
-        size += (channels + 2) * expand_dim
+    """How many the `model` section of a config describes; of a network that is never built.
+
+    Of an encoder of one's own nothing is known: 0.
+    """
+    if is_own(model):
+        return 0
+    size = encoder_parameters(model)
     if model["use_projector"]:
         hidden, outputs = model["proj_hidden_dim"], model["proj_output_dim"]
         size += (feature_dim(model) + 3) * hidden + (hidden + 3) * hidden + (hidden + 1) * outputs
-    return size
-
-
-def _expansion(model: Mapping[str, Any]) -> int:
     # .get: configs of older runs have no such key.
-    return block_expansion(model.get("block", "basic"))
+    return size + (_predictor_parameters(model) if model.get("predictor", False) else 0)
 
 
-def _block_size(model: Mapping[str, Any], inputs: int, width: int) -> int:
-    """Parameters of one block without its skip."""
-    expansion = _expansion(model)
-    if expansion == 1:
-        return (9 * inputs + 2 + 9 * width + 2) * width
-    outputs = expansion * width
-    return (inputs + 2 + 9 * width + 2) * width + (width + 2) * outputs
+def _predictor_parameters(model: Mapping[str, Any]) -> int:
+    if model["mask"] == "none":
+        dim = model["proj_output_dim"] if model["use_projector"] else feature_dim(model)
+        return (2 * dim + 3) * model["pred_hidden_dim"] + dim
+    features, dim, depth = feature_dim(model), model["pred_dim"], model["pred_depth"]
+    # A block's matrices, biases and two LayerNorms; the last LayerNorm; the mask token.
+    blocks = depth * (12 * dim**2 + 13 * dim) + 2 * dim + dim
+    return blocks + (features + 1) * dim + (dim + 1) * features
 
 
 def feature_dim(model: Mapping[str, Any]) -> int:
-    """F of the `model` section of a config."""
-    width, stages = model["width"], len(model["stage_sizes"])
-    return model.get("expand_dim", 0) or _expansion(model) * width * 2 ** (stages - 1)
+    """F of the `model` section of a config, see `encoders.encoder_dim`."""
+    return encoder_dim(model)
 
 
 def compute_dtype(config: ConfigDict) -> Any:
@@ -412,43 +425,35 @@ def compute_dtype(config: ConfigDict) -> Any:
     return _DTYPES[config.training.dtype] if config.training.use_amp else jnp.float32
 
 
-def create_encoder(config: ConfigDict, encoder: nn.Module | ModelFns | None = None) -> Encoder:
+def create_encoder(
+    config: ConfigDict, encoder: nn.Module | EncoderFns | ModelFns | None = None
+) -> Encoder:
     """The model that a config describes, with its normalisation.
 
     Args:
       config: see `configs/`.
       encoder: in place of the config's: a Linen module called as encoder(images, train) -> h
-        [B, F], to which the config's projector is added, or a whole `ModelFns`.
+        [B, F], or an `EncoderFns`, to which the config's projector is added, or a whole `ModelFns`.
 
     Raises:
-      ConfigError: for a value out of its range, which a stored config may have, or a network that
-        does not fit into the device's memory.
+      ConfigError: for a value out of its range, which a stored config may have, a network that
+        does not fit into the device's memory, or an encoder of one's own that cannot be had.
     """
     for name, value in flatten(config).items():
         if name in _KEYS and name.startswith(_OF_A_NETWORK):
             _check_value(name, value)
     if not isinstance(encoder, ModelFns):
-        if encoder is None:
-            _check_fits(num_parameters(config.model))
         dtype, model = compute_dtype(config), config.model
         if encoder is None:
-            encoder = ResNet(
-                stage_sizes=tuple(model.stage_sizes),
-                width=model.width,
-                stem_kernel=model.stem_kernel,
-                stem_stride=model.stem_stride,
-                stem_padding=model.stem_padding,
-                stem_pool=model.stem_pool,
-                # .get: configs of older runs, and of imported weights, have no such keys.
-                expand_dim=model.get("expand_dim", 0),
-                dtype=dtype,
-                remat=config.training.get("remat", False),
-                block=model.get("block", "basic"),
-            )
+            _check_fits(num_parameters(model))
+            encoder = build_encoder(model, dtype, config.training.get("remat", False))
         projector = None
         if model.use_projector:
             projector = Projector(model.proj_hidden_dim, model.proj_output_dim, dtype)
-        whole = linen_model(ImageJEPA(encoder, projector))
+        if isinstance(encoder, EncoderFns):
+            whole = with_projector(encoder, projector)
+        else:
+            whole = linen_model(ImageJEPA(encoder, projector))
         encoder = _with_predictor(model, encoder, whole, dtype)
     elif (encoder.predict is not None) != config.model.get("predictor", False):
         raise ConfigError(
@@ -457,7 +462,9 @@ def create_encoder(config: ConfigDict, encoder: nn.Module | ModelFns | None = No
     return Encoder(encoder, tuple(config.data.mean), tuple(config.data.std))
 
 
-def _with_predictor(model: Any, encoder: nn.Module, whole: ModelFns, dtype: Any) -> ModelFns:
+def _with_predictor(
+    model: Any, encoder: nn.Module | EncoderFns, whole: ModelFns, dtype: Any
+) -> ModelFns:
     """The whole network with the predictor that the `model` section of a config describes."""
     # .get: an older run has no such keys.
     if not model.get("predictor", False):

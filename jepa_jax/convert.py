@@ -69,6 +69,12 @@ def _groups(names: Iterable[str]) -> str:
 
 
 def _sizes(model: dict[str, Any]) -> str:
+    if "patch_size" in model and "stage_sizes" not in model:
+        return (
+            f"{model['type']}, patches of {model['patch_size']}, width {model['dim']}, "
+            f"{model['depth']} blocks of {model['num_heads']} heads; {model['pos_embed']} "
+            f"positions, pool {model['pool']}"
+        )
     blocks = ", ".join(map(str, model["stage_sizes"]))
     pool = ", max-pool" if model["stem_pool"] else ""
     kernel = model["stem_kernel"]

@@ -34,7 +34,7 @@ from jepa_jax.evaluation import (
     with_online_probe,
 )
 from jepa_jax.metrics import read_metrics, write_json
-from jepa_jax.models import Encoder, ModelFns
+from jepa_jax.models import Encoder, EncoderFns, ModelFns
 from jepa_jax.plan import clean_images, load_configured, load_fitting, untrained_variables
 from jepa_jax.progress import Stopwatch, duration, say
 from jepa_jax.representation import reestimate_batch_stats
@@ -57,7 +57,7 @@ def evaluate_run(
     which: str = "latest",
     dataset: Dataset | str | None = None,
     data_dir: str = "",
-    encoder: nn.Module | ModelFns | None = None,
+    encoder: nn.Module | EncoderFns | ModelFns | None = None,
     parts: Sequence[str] = PARTS,
     augmented_epochs: int = 0,
     on_progress: Callable[[str], None] = lambda text: None,

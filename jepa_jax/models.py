@@ -213,6 +213,8 @@ class ResNet(nn.Module):
 
 ResNet18 = functools.partial(ResNet, stage_sizes=(2, 2, 2, 2), width=64)
 ResNet18.__doc__ = "`ResNet` with the sizes of ResNet-18, F = 512; takes its other attributes."
+ResNet34 = functools.partial(ResNet, stage_sizes=(3, 4, 6, 3), width=64)
+ResNet34.__doc__ = "`ResNet` with the sizes of ResNet-34, F = 512; takes its other attributes."
 ResNet50 = functools.partial(ResNet, stage_sizes=(3, 4, 6, 3), width=64, block="bottleneck")
 ResNet50.__doc__ = "`ResNet` with the sizes of ResNet-50, F = 2048; takes its other attributes."
 
@@ -284,6 +286,51 @@ class ModelFns(NamedTuple):
     init: Callable[[jax.Array, jax.Array], dict[str, Any]]
     apply: Callable[[dict[str, Any], jax.Array, bool], tuple[Any, Any]]
     predict: Callable[..., jax.Array] | None = None
+
+
+class EncoderFns(NamedTuple):
+    """An encoder alone, of any framework; `with_projector` makes a model of it.
+
+    init(key, images) -> variables, a dict with 'params' and, where there are any, 'batch_stats'.
+    apply(variables, images, train) -> (h [B, F], batch_stats): the statistics are the updated ones
+      when `train`, else those that came in. Images are normalised floats [B, H, W, 3].
+    """
+
+    init: Callable[[jax.Array, jax.Array], dict[str, Any]]
+    apply: Callable[[dict[str, Any], jax.Array, bool], tuple[Any, Any]]
+
+
+def with_projector(encoder: EncoderFns, projector: Projector | None) -> ModelFns:
+    """The whole model of an encoder of any framework; without a projector, z is h.
+
+    Its variables have the names that an `ImageJEPA`'s have, 'encoder' and 'projector'.
+    """
+
+    def init(key, images):
+        keys = jax.random.split(key)
+        parts = {"encoder": encoder.init(keys[0], images)}
+        if projector is not None:
+            h, _ = encoder.apply(parts["encoder"], images, False)
+            parts["projector"] = projector.init(keys[1], h, False)
+        return {kind: _of_kind(parts, kind) for kind in ("params", "batch_stats")}
+
+    def apply(variables, images, train):
+        own = {kind: tree["encoder"] for kind, tree in variables.items() if "encoder" in tree}
+        h, stats = encoder.apply(own, images, train)
+        if projector is None:
+            return (h, h), _of_kind({"encoder": {"batch_stats": stats}}, "batch_stats")
+        own = {kind: tree["projector"] for kind, tree in variables.items() if "projector" in tree}
+        z, projector_stats = linen_model(projector).apply(own, h, train)
+        stats = {"encoder": {"batch_stats": stats}, "projector": {"batch_stats": projector_stats}}
+        return (h, z), _of_kind(stats, "batch_stats")
+
+    return ModelFns(init, apply)
+
+
+def _of_kind(parts: dict[str, Any], kind: str) -> dict[str, Any]:
+    """What is not empty of every part's 'params' or 'batch_stats'."""
+    trees = {name: variables.get(kind, {}) for name, variables in parts.items()}
+    return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
 
 
 def linen_model(module: nn.Module) -> ModelFns:

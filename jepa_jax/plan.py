@@ -41,9 +41,11 @@ from jepa_jax.distributed import (
     from_main,
     on_main,
 )
+from jepa_jax.encoders import check_encoder, is_own, model_type
 from jepa_jax.environment import describe_environment
 from jepa_jax.errors import CheckpointError, ConfigError
 from jepa_jax.evaluation import has_labels
+from jepa_jax.masks import block_sides
 from jepa_jax.metrics import read_json, write_json
 from jepa_jax.models import PREDICTOR, Encoder, patch_whitening_kernel, without_predictor
 from jepa_jax.paths import home_expanded
@@ -60,6 +62,7 @@ from jepa_jax.train_step import (
     stream_key,
     vicreg,
 )
+from jepa_jax.vit import VIT_SIZES
 
 # Enough clean images for BatchNorm's moments and a stem's eigenvectors, cheap on any machine.
 _NUM_CLEAN_IMAGES = 2000
@@ -80,7 +83,12 @@ DATASET_KEYS = (
     "num_train",
 )
 # What decides what a network computes and leaves no trace in the shapes of its parameters.
-_WITHOUT_SHAPE = ("model.stem_stride", "model.stem_padding", "model.stem_pool")
+_WITHOUT_SHAPE = (
+    "model.stem_stride",
+    "model.stem_padding",
+    "model.stem_pool",
+    "model.pos_embed",
+)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -244,6 +252,36 @@ def _check_sizes(config: ConfigDict, dataset: Dataset) -> None:
         )
 
 
+def _check_patches(config: ConfigDict, dataset: Dataset) -> None:
+    """Images and views are cut into patches by a transformer."""
+    if model_type(config.model) not in VIT_SIZES:
+        return
+    patch, view = config.model.patch_size, config.data.view_size
+    sides = {"images": dataset.image_shape[:2], "views (config.data.view_size)": (view, view)}
+    for what, (height, width) in sides.items():
+        if height % patch or width % patch:
+            raise ConfigError(
+                f"config.model.patch_size={patch} does not divide {what} of {height} x {width} "
+                "pixels"
+            )
+
+
+def _check_blocks(config: ConfigDict, encoder: Any, augment_fn: AugmentFn, dataset) -> None:
+    """Views that are to be masked by blocks have enough patches for them."""
+    if config.model.mask == "none":
+        return
+    images = jax.ShapeDtypeStruct((2, *dataset.image_shape), jnp.uint8)
+    height, width = jax.eval_shape(augment_fn, jax.random.key(0), images)[0].shape[1:3]
+    patch = config.model.patch_size if encoder is None else encoder.patch_size
+    try:
+        block_sides((height // patch, width // patch))
+    except ValueError as error:
+        raise ConfigError(
+            f"config.model.mask={config.model.mask}: {error}; make config.data.view_size larger or "
+            "config.model.patch_size smaller"
+        ) from error
+
+
 def _check_views(augment_fn: AugmentFn, config: ConfigDict, dataset: Dataset) -> None:
     shape = (config.data.batch_size, *dataset.image_shape)
     images = jax.ShapeDtypeStruct(shape, jnp.uint8)
@@ -305,6 +343,15 @@ def make_plan(
     else:
         dataset = dataset.with_num_train(config.data.num_train)
     _check_sizes(config, dataset)
+    if encoder is None:
+        _check_patches(config, dataset)
+    model = create_encoder(config, encoder)
+    if encoder is not None or is_own(config.model):
+        name = (
+            _name_of(encoder) if encoder is not None else f"config.model.type={config.model.type}"
+        )
+        view_size = config.data.view_size if augment_fn is None else 0
+        check_encoder(model.model, name, dataset.image_shape, view_size)
     devices = devices or jax.local_devices()[:1]
     check_batch(config.data.batch_size, len(devices), config.training.microbatches)
     placement = choose_placement(config.data.placement, dataset.train_images.nbytes)
@@ -331,6 +378,7 @@ def make_plan(
         config = config.copy_and_resolve_references()
         config.data.view_size = 0
         _check_views(augment_fn, config, dataset)
+    _check_blocks(config, encoder, augment_fn, dataset)
     steps_per_epoch = len(dataset.train_images) // config.data.batch_size
     if round(config.optim.epochs * steps_per_epoch) < 1:
         raise ConfigError(
@@ -342,7 +390,7 @@ def make_plan(
         config=config,
         workdir=workdir,
         dataset=dataset,
-        encoder=create_encoder(config, encoder),
+        encoder=model,
         hparams=_hparams(config, steps_per_epoch, given["augment_fn"] is None),
         steps_per_epoch=steps_per_epoch,
         placement=placement,

@@ -159,22 +159,21 @@ def predicts_blocks(model: ModelFns, encoder: ViT, predictor: BlockPredictor) ->
         own = {"params": variables["params"]["encoder"]}
         return encoder.apply(own, views, True, keep, method="tokens")
 
-    def draw(key, views):
-        grid = views.shape[1] // encoder.patch_size, views.shape[2] // encoder.patch_size
-        keys = jax.random.split(key, len(views))
-        return grid, *jax.vmap(lambda key: sample_blocks(key, grid))(keys)
+    def grid_of(views):
+        return views.shape[1] // encoder.patch_size, views.shape[2] // encoder.patch_size
 
     def init_predictor(key, variables, images):
-        grid, context, targets = draw(key, images)
-        shape = jax.eval_shape(tokens, variables, images, context)
-        return predictor.init(key, jnp.zeros(shape.shape, shape.dtype), context, targets, grid)[
-            "params"
-        ]
+        # Of one patch: no parameter has the shape of a block or a grid.
+        patch = jnp.zeros((len(images), 1), jnp.int32)
+        shape = jax.eval_shape(tokens, variables, images, patch)
+        seen = jnp.zeros(shape.shape, shape.dtype)
+        return predictor.init(key, seen, patch, patch[:, None], grid_of(images))["params"]
 
     def predict(key, variables, target, views, embeddings):
         del embeddings
         views = jnp.concatenate(views)
-        grid, context, targets = draw(key, views)
+        grid, keys = grid_of(views), jax.random.split(key, len(views))
+        context, targets = jax.vmap(lambda key: sample_blocks(key, grid))(keys)
         own = {"params": variables["params"][PREDICTOR]}
         guesses = predictor.apply(own, tokens(variables, views, context), context, targets, grid)
         wanted = tokens(variables if target is None else target, views)

@@ -25,7 +25,7 @@ from jepa_jax.evaluation import evaluate_representation, with_online_probe
 from jepa_jax.lock import only_process_in
 from jepa_jax.loop import collapsed_text, is_over, online_probe, variables_of
 from jepa_jax.metrics import read_json, write_json
-from jepa_jax.models import ModelFns
+from jepa_jax.models import EncoderFns, ModelFns
 from jepa_jax.paths import home_expanded
 from jepa_jax.plan import (
     Plan,
@@ -216,7 +216,7 @@ def train_and_evaluate(
     *,
     dataset: Dataset | None = None,
     loss_fn: LossFn | None = None,
-    encoder: nn.Module | ModelFns | None = None,
+    encoder: nn.Module | EncoderFns | ModelFns | None = None,
     augment_fn: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None,
     init_from: str | None = None,
     profile: bool = False,
@@ -230,7 +230,8 @@ def train_and_evaluate(
       dataset: in place of the config's, see `jepa_jax.data.from_arrays`.
       loss_fn: (key, z1 [B, D], z2 [B, D], hparams) -> (loss, terms), in place of the config's; with
         data.num_views = 2P, [P * B, D], rows n, n + B, ... of both being views of image n.
-      encoder: a Linen module called as encoder(images, train) -> h [B, F], or a `ModelFns`.
+      encoder: a Linen module called as encoder(images, train) -> h [B, F], an `EncoderFns`, or a
+        whole `ModelFns`; a config names one by model.type=my_module:my_encoder.
       augment_fn: (key, images uint8 [B, H, W, 3]) -> (x1, x2) in [0, 1], in place of `two_views`;
         data.view_size then counts as 0; with data.num_views = 2P both are [P * B, ...], as
         `pairs_of_views` stacks them.

@@ -57,8 +57,14 @@ def _patch_xavier(key, shape, dtype=jnp.float32):
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-# Two passes for the variance: the fast way loses digits where a token's mean is large.
-_layer_norm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False)
+def _layer_norm(x: jax.Array, name: str) -> jax.Array:
+    """In float32 or wider, whatever the compute dtype."""
+    wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    # Two passes for the variance: the fast way loses digits where a token's mean is large.
+    norm = nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, dtype=wide, name=name)
+    return norm(x.astype(wide))
+
+
 _dense = functools.partial(nn.Dense, kernel_init=nn.initializers.xavier_uniform())
 
 
@@ -78,13 +84,12 @@ class TransformerBlock(nn.Module):
         if dim % self.num_heads:
             raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {self.num_heads}")
         dense = functools.partial(_dense, dtype=self.dtype)
-        qkv = dense(3 * dim, kernel_init=_separate_xavier, name="qkv")(
-            _layer_norm(dtype=self.dtype, name="attention_norm")(x)
-        )
+        y = _layer_norm(x, "attention_norm")
+        qkv = dense(3 * dim, kernel_init=_separate_xavier, name="qkv")(y)
         qkv = qkv.reshape(batch, num_tokens, 3, self.num_heads, dim // self.num_heads)
         y = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         x = x + dense(dim, name="attention_out")(y.reshape(batch, num_tokens, dim))
-        y = _layer_norm(dtype=self.dtype, name="mlp_norm")(x)
+        y = _layer_norm(x, "mlp_norm")
         y = nn.gelu(dense(int(self.mlp_ratio * dim), name="mlp_in")(y), approximate=False)
         return x + dense(dim, name="mlp_out")(y)
 
@@ -161,8 +166,7 @@ class ViT(nn.Module):
         block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
         for i in range(self.depth):
             x = block(self.num_heads, self.mlp_ratio, self.dtype, name=f"block{i}")(x)
-        wide = jnp.float64 if self.dtype == jnp.float64 else jnp.float32
-        return _layer_norm(dtype=wide, name="norm")(x)
+        return _layer_norm(x, "norm")
 
     def _positions(self, height: int, width: int) -> jax.Array:
         """[height, width, dim] for the grid at hand."""

@@ -16,8 +16,8 @@ PACKAGE = pathlib.Path(jepa_jax.__file__).parent
 # A room imports only from lower floors, never sideways. `data` is one room.
 FLOORS = (
     {"errors"},
-    {"augment", "health", "losses", "optim", "probes"}
-    | {"device", "last_words", "lock", "paths", "progress", "signals"},
+    {"augment", "health", "losses", "masks", "optim", "probes"}
+    | {"device", "dotted", "last_words", "lock", "paths", "progress", "signals"},
     {
         "checkpoint",
         "command",
@@ -30,7 +30,13 @@ FLOORS = (
         "random_patches",
         "vit",
     },
-    {"interop", "representation", "sgd_probe", "train_step"},  # pure training and features
+    {
+        "encoders",
+        "interop",
+        "representation",
+        "sgd_probe",
+        "train_step",
+    },  # pure training and features
     {"config", "divergence", "evaluation", "runner", "watch"},
     {"config_flags", "plan"},
     {"api", "loop"},
@@ -41,7 +47,7 @@ FLOORS = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Arrays in, arrays out: no file, no config, no framework.
-PURE_MATHS = ("augment", "health", "losses", "optim", "probes")
+PURE_MATHS = ("augment", "health", "losses", "masks", "optim", "probes")
 ALLOWED_IN_PURE_MATHS = {"collections", "functools", "itertools", "jax", "math", "optax", "typing"}
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

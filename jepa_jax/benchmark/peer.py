@@ -105,6 +105,8 @@ def require_torch(python: str) -> None:
 
 def what_it_lacks(config: ConfigDict) -> str:
     """Why a config cannot be compared, in a few words; empty if it can."""
+    if config.model.type != "resnet":
+        return f"the peer has no {config.model.type}"
     block = config.model.block
     return "" if block == "basic" else f"the peer has no {block} blocks"
 

@@ -29,6 +29,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jepa_jax.config import feature_dim
+from jepa_jax.encoders import model_type
+from jepa_jax.errors import ConfigError
 from jepa_jax.models import block_expansion
 
 _PARAMETER_PASSES = 16
@@ -83,7 +85,15 @@ def encoder_layers(model: Mapping[str, Any], image_side: int) -> list[Layer]:
     Args:
       model: the `model` section of a config.
       image_side: of square images.
+
+    Raises:
+      ConfigError: for another encoder than a ResNet.
     """
+    if model_type(model) != "resnet":
+        raise ConfigError(
+            f"the benchmark counts the layers of a ResNet, not of {model_type(model)}: "
+            "training says images/s of any encoder"
+        )
     kernel, width = model["stem_kernel"], model["width"]
     side = _side_after(image_side, kernel, model["stem_stride"], model["stem_padding"])
     layers = [Layer("stem", image_side, side, 3, width, kernel)]

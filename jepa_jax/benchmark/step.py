@@ -148,8 +148,17 @@ def measure_step(plan: Plan, *, repeats: int = REPEATS) -> dict[str, Any]:
     Raises:
       ConfigError: if the program needs more memory than the device has.
       TrainingError: if the loss is not finite.
+      ConfigError: for an encoder whose layers are not counted, before anything is measured.
     """
     config, batch_size = plan.config, plan.config.data.batch_size
+    num_views = config.data.num_views
+    counted = roofline.count(
+        config.model.to_dict(),
+        batch_size=batch_size,
+        num_views=num_views,
+        bytes_per_value=jnp.dtype(compute_dtype(config)).itemsize,
+        image_side=_view_side(plan),
+    )
     state = initial_state(plan)
     began = time.perf_counter()
     runner = make_runner(plan, state)
@@ -163,14 +172,6 @@ def measure_step(plan: Plan, *, repeats: int = REPEATS) -> dict[str, Any]:
     values, losses = zip(*(loop.run(num_steps) for _ in range(repeats)), strict=True)
     if not np.isfinite(losses[-1]):
         raise TrainingError(f"the loss became {losses[-1]}")
-    num_views = config.data.num_views
-    counted = roofline.count(
-        config.model.to_dict(),
-        batch_size=batch_size,
-        num_views=num_views,
-        bytes_per_value=jnp.dtype(compute_dtype(config)).itemsize,
-        image_side=_view_side(plan),
-    )
     images_per_second = spread([batch_size / value for value in values])
     return {
         "batch_size": batch_size,

@@ -27,8 +27,33 @@ def _part(variables: Mapping[str, Any], part: str) -> dict[str, np.ndarray]:
 
 
 def encoder_tensors(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The encoder of an `ImageJEPA`'s variables, in torchvision's names and layouts, float32."""
-    return _part(variables, "encoder")
+    """The encoder of an `ImageJEPA`'s variables, float32.
+
+    A ResNet's in torchvision's names and layouts; another's, which has no batch statistics, in its
+    own: 'block0.qkv.kernel'.
+    """
+    if _is_resnet(variables):
+        return _part(variables, "encoder")
+    leaves = jax.tree_util.tree_leaves_with_path(variables["params"]["encoder"])
+    return {_own_name(path): np.asarray(leaf, np.float32) for path, leaf in leaves}
+
+
+def _is_resnet(variables: Mapping[str, Any]) -> bool:
+    return "stem_conv" in variables["params"]["encoder"]
+
+
+def _own_name(path: tuple[Any, ...]) -> str:
+    return ".".join(key.key for key in path)
+
+
+def _from_own_names(tensors: Mapping[str, Any], like: Mapping[str, Any]) -> Any:
+    """The inverse of `encoder_tensors` for an encoder that is no ResNet."""
+
+    def find(path, _):
+        return tensors[_own_name(path)]
+
+    encoder = jax.tree_util.tree_map_with_path(find, like["params"]["encoder"])
+    return {"params": {"encoder": encoder}}
 
 
 def projector_tensors(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -56,10 +81,14 @@ def serialize_encoder(
       CheckpointError: if the variables are not the encoder's, or the images are none.
     """
 
-    like = {kind: {"encoder": tree["encoder"]} for kind, tree in variables.items()}
+    like = {
+        kind: {"encoder": tree["encoder"]} for kind, tree in variables.items() if "encoder" in tree
+    }
     _check(encoder, like, image_shape)
 
     def embed(tensors, images):
+        if not _is_resnet(like):
+            return encoder.apply(_from_own_names(tensors, like), images)
         named = {f"encoder.{name}": tensor for name, tensor in tensors.items()}
         return encoder.apply(from_torch(named, like), images)
 
