@@ -80,10 +80,14 @@ def get_config() -> ConfigDict:
     config.model.pred_depth = 6  # new; I-JEPA's for its smallest networks
 
     config.loss = ConfigDict()
-    config.loss.type = "vicreg"
+    config.loss.type = "vicreg"  # or sigreg, lejepa, barlow, simclr, or my_module:my_loss
     config.loss.sim_coeff = 1.0  # new; fixed to 1 in the reference
     config.loss.std_coeff = 25.0  # the paper's balance is 1
     config.loss.cov_coeff = 1.0  # the paper's balance at 4096 outputs is (4096 - 1) / 25 = 164
+    config.loss.sigreg_coeff = 10.0  # new; of sigreg, and the lambda of lejepa, where it is 0.05
+    config.loss.num_directions = 256  # new; random ones of sigreg and lejepa, anew every step
+    config.loss.redundancy_coeff = 0.005  # new; the lambda of barlow
+    config.loss.temperature = 0.5  # new; of simclr
     config.loss.pred_coeff = 1.0  # new; of the predictor's term, where there is a predictor
 
     config.optim = ConfigDict()

@@ -28,7 +28,13 @@ _HOMES = {
     "evaluation": ("evaluate_representation",),
     "health": ("effective_rank", "rank_me"),
     "interop": ("TorchModel", "import_torch"),
-    "losses": ("vicreg_loss",),
+    "losses": (
+        "barlow_twins_loss",
+        "lejepa_loss",
+        "nt_xent_loss",
+        "sigreg_loss",
+        "vicreg_loss",
+    ),
     "models": (
         "Encoder",
         "EncoderFns",

@@ -38,6 +38,7 @@ from jepa_jax.models import (
     linen_model,
     with_projector,
 )
+from jepa_jax.objectives import OBJECTIVES, is_loss_type
 from jepa_jax.optim import OPTIMIZERS
 from jepa_jax.predictors import (
     HEAD_DIM,
@@ -200,10 +201,18 @@ _KEYS = {
         lambda value: 0 < value <= 2**14 and value % HEAD_DIM == 0,
     ),
     "model.pred_depth": _between(1, _MOST_BLOCKS),
-    "loss.type": _one_of("vicreg"),
+    "loss.type": _Key(
+        str, f"one of {', '.join(OBJECTIVES)}, or one's own as my_module:my_loss", is_loss_type
+    ),
     "loss.sim_coeff": _NOT_NEGATIVE,
     "loss.std_coeff": _NOT_NEGATIVE,
     "loss.cov_coeff": _NOT_NEGATIVE,
+    "loss.sigreg_coeff": _NOT_NEGATIVE,
+    "loss.num_directions": _between(1, 2**16),
+    "loss.redundancy_coeff": _NOT_NEGATIVE,
+    "loss.temperature": _Key(
+        float, "at least 0.001 and at most 1,000", lambda value: 1e-3 <= value <= 1e3
+    ),
     "loss.pred_coeff": _NOT_NEGATIVE,
     "optim.name": _one_of(*OPTIMIZERS),
     "optim.epochs": _Key(
@@ -514,6 +523,9 @@ def hparams_from(config: ConfigDict, steps_per_epoch: int) -> HParams:
         "sim_coeff": loss.sim_coeff,
         "std_coeff": loss.std_coeff,
         "cov_coeff": loss.cov_coeff,
+        "sigreg_coeff": loss.sigreg_coeff,
+        "redundancy_coeff": loss.redundancy_coeff,
+        "temperature": loss.temperature,
         "pred_coeff": loss.get("pred_coeff", 1.0),
         "target_ema": config.model.get("target_ema", 0.0),
         "probe_lr": optim.probe_lr,

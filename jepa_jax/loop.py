@@ -20,6 +20,7 @@ from jepa_jax.distributed import Agreement, is_main, on_main
 from jepa_jax.divergence import what_is_bad
 from jepa_jax.errors import Interrupted, TrainingError
 from jepa_jax.metrics import MetricsWriter, NoMetrics
+from jepa_jax.objectives import OBJECTIVES
 from jepa_jax.plan import Plan, clean_images, initial_state, starting_state, training_labels
 from jepa_jax.probes import accuracy
 from jepa_jax.profile import Profile
@@ -35,10 +36,8 @@ from jepa_jax.train_step import (
     make_train_step,
     probe_logits,
 )
-from jepa_jax.watch import Watch, diagnose, explain, loss_balance
+from jepa_jax.watch import Watch, diagnose, explain
 
-# Which term of VICReg's a coefficient weighs.
-_TERM_OF = {"sim_coeff": "invariance_loss", "std_coeff": "var_loss", "cov_coeff": "cov_loss"}
 # How often a run goes back to its last checkpoint before it gives up.
 _MAX_BACK_OFFS = 3
 
@@ -103,12 +102,11 @@ def online_probe(plan: Plan, state: TrainState, *, with_test: bool = True) -> di
 
 def make_watch(plan: Plan) -> Watch:
     """What measures the networks of a plan after every epoch."""
-    weights = {} if "loss_fn" in plan.custom else plan.loss_weights
     return Watch(
         plan.encoder.model,
         augment_fn=plan.views_fn,
         loss_fn=plan.loss_fn,
-        term_weights={_TERM_OF[name]: weight for name, weight in weights.items()},
+        term_weights=plan.loss_weights,
         mean=plan.encoder.mean,
         std=plan.encoder.std,
         images=clean_images(plan.dataset.train_images),
@@ -302,9 +300,11 @@ def _watch_collapse(loop: "_Loop", state: TrainState, means: dict[str, float]) -
 def _what_to_try(plan: Plan, kind: str) -> str:
     if kind == "dead":
         return "try a lower config.optim.lr or a longer config.optim.warmup_epochs"
-    if "loss_fn" in plan.custom:
+    if plan.loss_type not in OBJECTIVES:
         return "try a stronger term against it, or a lower config.optim.lr"
-    _, warning = loss_balance(plan.embedding_dim, **plan.loss_weights)
+    if remedy := OBJECTIVES[plan.loss_type].remedy:
+        return f"try {remedy}, or a lower config.optim.lr"
+    _, warning = plan.balance
     return warning or "try a lower config.optim.lr"
 
 

@@ -48,6 +48,7 @@ from jepa_jax.evaluation import has_labels
 from jepa_jax.masks import block_sides
 from jepa_jax.metrics import read_json, write_json
 from jepa_jax.models import PREDICTOR, Encoder, patch_whitening_kernel, without_predictor
+from jepa_jax.objectives import make_loss_fn, term_weights
 from jepa_jax.paths import home_expanded
 from jepa_jax.progress import say
 from jepa_jax.representation import labelled, split_validation
@@ -60,9 +61,9 @@ from jepa_jax.train_step import (
     fault_places,
     fresh_target,
     stream_key,
-    vicreg,
 )
 from jepa_jax.vit import VIT_SIZES
+from jepa_jax.watch import loss_balance
 
 # Enough clean images for BatchNorm's moments and a stem's eigenvectors, cheap on any machine.
 _NUM_CLEAN_IMAGES = 2000
@@ -143,10 +144,28 @@ class Plan:
         return math.ceil(self.num_steps / self.steps_per_epoch)
 
     @property
+    def loss_type(self) -> str:
+        """The config's; '' where a loss was given in its place."""
+        return "" if "loss_fn" in self.custom else self.config.loss.type
+
+    @property
     def loss_weights(self) -> dict[str, float]:
-        """sim_coeff, std_coeff and cov_coeff."""
-        loss = self.config.loss
-        return {name: loss[name] for name in ("sim_coeff", "std_coeff", "cov_coeff")}
+        """The weight of every term, by name; {} of a loss of one's own."""
+        return term_weights(self.config.loss) if self.loss_type else {}
+
+    @property
+    def balance(self) -> tuple[str, str]:
+        """Of `loss_balance`, for VICReg's weights; two empty texts for another loss.
+
+        A predictor of the other view pulls the views together as the invariance term does, and is
+        counted with it; of blocks nothing is known beside which to hold the weights.
+        """
+        if self.loss_type != "vicreg" or self.config.model.mask != "none":
+            return "", ""
+        loss, names = self.config.loss, ("sim_coeff", "std_coeff", "cov_coeff")
+        weights = {name: loss[name] for name in names}
+        weights["sim_coeff"] += loss.pred_coeff if self.config.model.predictor else 0.0
+        return loss_balance(self.embedding_dim, **weights)
 
     @property
     def feature_dim(self) -> int:
@@ -396,7 +415,7 @@ def make_plan(
         placement=placement,
         scan_steps=scan_steps,
         augment_fn=augment_fn,
-        loss_fn=loss_fn or functools.partial(vicreg, num_pairs=config.data.num_views // 2),
+        loss_fn=loss_fn or make_loss_fn(config.loss, config.data.num_views // 2),
         init_from=init_from or "",
         custom={name: _name_of(thing) for name, thing in given.items() if thing is not None},
         layout=Layout(devices, config.training.shard_params),

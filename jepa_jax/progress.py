@@ -13,6 +13,18 @@ import tqdm
 from jepa_jax.errors import ConfigError
 
 _SURE_AFTER_SECONDS = 5.0
+# Of the package's own losses, as an epoch's line shows them.
+_TERMS = (
+    "invariance_loss",
+    "prediction_loss",
+    "pred_loss",
+    "var_loss",
+    "cov_loss",
+    "sigreg_loss",
+    "redundancy_loss",
+    "alignment_loss",
+    "uniformity_loss",
+)
 
 
 def duration(seconds: float) -> str:
@@ -115,7 +127,7 @@ class Progress:
             self._show(val_acc=f"{row['val/online_probe_acc']:.1%}")
         if as_line:
             parts = [f"epoch {row['epoch']:.3g}/{num_epochs:.3g}", f"loss {row['train/loss']:.4f}"]
-            for name in ("invariance_loss", "var_loss", "cov_loss"):
+            for name in _TERMS:
                 if f"train/{name}" in row:
                     parts.append(f"{name.removesuffix('_loss')} {row[f'train/{name}']:.4f}")
             for split in ("val", "test"):

@@ -26,6 +26,7 @@ from jepa_jax.lock import only_process_in
 from jepa_jax.loop import collapsed_text, is_over, online_probe, variables_of
 from jepa_jax.metrics import read_json, write_json
 from jepa_jax.models import EncoderFns, ModelFns
+from jepa_jax.objectives import described
 from jepa_jax.paths import home_expanded
 from jepa_jax.plan import (
     Plan,
@@ -40,7 +41,6 @@ from jepa_jax.plan import (
 from jepa_jax.progress import Phases, Stopwatch, print_summary, quiet, say
 from jepa_jax.representation import reestimate_batch_stats
 from jepa_jax.train_step import LossFn, TrainState
-from jepa_jax.watch import loss_balance
 
 # Phases beside the steps that make the weights what they are: a stem's eigenvectors, BatchNorm.
 _ON_THE_CLOCK = ("initial state", "re-estimation")
@@ -143,19 +143,18 @@ def _print_header(plan: Plan, state: TrainState, progress: dict[str, Any]) -> No
     place = _PLACES[plan.placement]
     num_views = config.data.num_views
     of_views = "" if num_views == 2 else f" of {num_views} views each"
-    weights, warning = "", ""
-    if "loss_fn" not in plan.custom:
-        weights, warning = loss_balance(plan.embedding_dim, **plan.loss_weights)
+    weights, warning = plan.balance
+    loss = plan.custom.get("loss_fn", described(config.loss))
+    if weights:
+        loss = f"{plan.loss_type}, balance {weights} (the paper's is 1 : 1 : 0.04)"
     lines = {
         "device": _described(plan.layout),
         "data": f"{dataset.name}, {len(dataset.train_images)} training images of {height}x{width}, "
         f"{num_test} test images, {_classes(dataset)}, {place}",
         "model": f"{plan.custom.get('encoder', config.model.type)}, {parameters:,} parameters, "
         f"computing in {compute_dtype(config).__name__}",
-        "loss": plan.custom.get(
-            "loss_fn",
-            f"{config.loss.type}, balance {weights} (the paper's is 1 : 1 : 0.04)",
-        ),
+        "loss": loss,
+        **_of_predictor(config),
         "optimiser": f"{config.optim.name}, rate {config.optim.lr:g}, batch "
         f"{config.data.batch_size}{of_views}, {config.optim.epochs:g} epochs = "
         f"{plan.num_steps} steps",
@@ -170,6 +169,18 @@ def _print_header(plan: Plan, state: TrainState, progress: dict[str, Any]) -> No
         say(f"{name:<10}{text}")
     if warning:
         say(f"{'warning':<10}{warning}")
+
+
+def _of_predictor(config: ConfigDict) -> dict[str, str]:
+    """What is predicted, of which network and at what weight; nothing without a predictor."""
+    model = config.model
+    if not model.predictor:
+        return {}
+    what = "four blocks of patches" if model.mask == "blocks" else "the other view"
+    whose = f"a target network of momentum {model.target_ema:g} to 1"
+    if not model.target_ema:
+        whose = "the network itself, its gradient stopped"
+    return {"predictor": f"of {what} as seen by {whose}; weight {config.loss.pred_coeff:g}"}
 
 
 def _classes(dataset: Dataset) -> str:

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jepa_jax.losses import vicreg_loss
 from jepa_jax.models import ModelFns, normalize, without_predictor
+from jepa_jax.objectives import vicreg
 from jepa_jax.optim import create_optimizer, late_epoch_warmup_cosine, warmup_cosine
 
 Metrics = dict[str, jax.Array]
@@ -56,6 +56,9 @@ class HParams:
     cov_coeff: jax.typing.ArrayLike
     probe_lr: jax.typing.ArrayLike
     late_epoch_steps: jax.typing.ArrayLike = 0.0
+    sigreg_coeff: jax.typing.ArrayLike = 10.0
+    redundancy_coeff: jax.typing.ArrayLike = 5e-3
+    temperature: jax.typing.ArrayLike = 0.5
     augment: dict[str, Any] = dataclasses.field(default_factory=dict)
     pred_coeff: jax.typing.ArrayLike = 1.0
     target_ema: jax.typing.ArrayLike = 0.0
@@ -101,19 +104,6 @@ def stream_key(seed: jax.typing.ArrayLike, stream: str, index: jax.typing.ArrayL
     """The key of draw `index` (a step or an epoch) of the stream called `stream`."""
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stream.encode()))
     return jax.random.fold_in(key, index)
-
-
-def vicreg(key: jax.Array, z1: jax.Array, z2: jax.Array, hparams: HParams, *, num_pairs: int = 1):
-    """`vicreg_loss` in the form of the loss seam: (key, z1, z2, hparams) -> (loss, terms)."""
-    del key
-    return vicreg_loss(
-        z1,
-        z2,
-        sim_coeff=hparams.sim_coeff,
-        std_coeff=hparams.std_coeff,
-        cov_coeff=hparams.cov_coeff,
-        num_pairs=num_pairs,
-    )
 
 
 def learning_rate(hparams: HParams, step: jax.typing.ArrayLike) -> jax.Array:

@@ -26,6 +26,7 @@ FLOORS = (
         "environment",
         "metrics",
         "models",
+        "objectives",
         "profile",
         "random_patches",
         "vit",
@@ -33,6 +34,7 @@ FLOORS = (
     {
         "encoders",
         "interop",
+        "predictors",
         "representation",
         "sgd_probe",
         "train_step",

@@ -13,8 +13,9 @@ import jepa_jax
 from jepa_jax.config import flatten
 from jepa_jax.errors import CheckpointError
 from jepa_jax.metrics import Row, read_json, read_metrics
+from jepa_jax.objectives import term_weights
 from jepa_jax.paths import home_expanded
-from jepa_jax.train_step import RESERVED_METRICS
+from jepa_jax.train_step import PRED_LOSS, RESERVED_METRICS
 
 KNOWN_TERMS = ("invariance_loss", "var_loss", "cov_loss")
 # Beside the package in a checkout, and absent where only the package was installed.
@@ -84,10 +85,16 @@ class Run:
 
     def weights(self) -> dict[str, float]:
         """The coefficient of each loss term; empty when the loss is not the config's own."""
-        if "loss_fn" in self.custom or self.config.get("loss.type") != "vicreg":
+        if "loss_fn" in self.custom:
             return {}
-        keys = zip(KNOWN_TERMS, ("sim", "std", "cov"), strict=True)
-        weights = {term: number(self.config.get(f"loss.{key}_coeff")) for term, key in keys}
+        start = "loss."
+        loss = {k.removeprefix(start): v for k, v in self.config.items() if k.startswith(start)}
+        weights = {
+            term: number(w)
+            for term, w in term_weights({**loss, "type": str(loss.get("type"))}).items()
+        }
+        if weights and self.config.get("model.predictor"):
+            weights[PRED_LOSS] = number(loss.get("pred_coeff"))
         return weights if all(map(math.isfinite, weights.values())) else {}
 
     def seconds(self) -> dict[str, float]:
