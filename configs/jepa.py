@@ -1,4 +1,4 @@
-"""Joint-embedding prediction at the size of `configs/cpu.py`: of the other view, or of masked blocks.
+"""Joint-embedding prediction at cpu.py's size: of the other view, or of masked blocks.
 
     python -m jepa_jax.main --config=configs/jepa.py
     python -m jepa_jax.main --config=configs/jepa.py:blocks

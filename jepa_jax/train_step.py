@@ -138,11 +138,15 @@ def fresh_target(state: TrainState) -> TrainState:
     return state.replace(target=jax.tree.map(jnp.copy, online))
 
 
-def _with_moved_target(state: TargetState, momentum: jax.Array) -> TargetState:
-    """The target network moved towards the online one: m * target + (1 - m) * online."""
-    online = without_predictor({"params": state.params, "batch_stats": state.batch_stats})
-    moved = jax.tree.map(lambda t, p: momentum * t + (1 - momentum) * p, state.target, online)
-    return state.replace(target=moved)
+def _moved_on(state: TrainState, new: dict[str, Any], hparams: HParams) -> TrainState:
+    """The state of the next step; a target network moves to m * target + (1 - m) * online."""
+    moved = state.replace(step=state.step + 1, **new)
+    if not isinstance(state, TargetState):
+        return moved
+    momentum = target_momentum(hparams, state.step)
+    online = without_predictor({"params": moved.params, "batch_stats": moved.batch_stats})
+    target = jax.tree.map(lambda t, p: momentum * t + (1 - momentum) * p, state.target, online)
+    return moved.replace(target=target)
 
 
 def _optimizer(name: str, hparams: HParams, step: jax.typing.ArrayLike):
@@ -305,7 +309,9 @@ def _grads(model: ModelFns, params, batch_stats, views, score, predict=None):
     return (loss, terms), h, stats, grads
 
 
-def _grads_by_pieces(model: ModelFns, params, batch_stats, views, score, *, num_pieces: int):
+def _grads_by_pieces(
+    model: ModelFns, params, batch_stats, views, score, predict=None, *, num_pieces: int
+):
     """`_grads` with the activations of one piece of one view in memory at a time.
 
     The gradient of the loss by the embeddings needs no activations: a first pass embeds every
@@ -316,7 +322,9 @@ def _grads_by_pieces(model: ModelFns, params, batch_stats, views, score, *, num_
     statistics move by the mean of these. The price is a second forward pass.
 
     Piece i has rows i, i + num_pieces, ...: of every device's part of the batch the same share.
+    There is no predictor, see `_grads_in`.
     """
+    del predict
     # On a CPU a convolution inside a loop of XLA's takes a path some 60 times slower.
     scan = functools.partial(
         jax.lax.scan, unroll=num_pieces if jax.default_backend() == "cpu" else 1
@@ -363,6 +371,44 @@ def _grads_by_pieces(model: ModelFns, params, batch_stats, views, score, *, num_
     return (loss, terms), outputs[0][0], stats, grads
 
 
+def _grads_in(num_pieces: int, model: ModelFns):
+    """`_grads`, or `_grads_by_pieces`."""
+    if num_pieces == 1:
+        return _grads
+    if model.predict is not None:
+        raise ValueError("a model with a predictor does not go through in microbatches")
+    return functools.partial(_grads_by_pieces, num_pieces=num_pieces)
+
+
+def _scored(loss_fn: LossFn, loss_key: jax.Array, hparams: HParams, model: ModelFns):
+    """(z1, z2, ...) -> (loss, terms) by the loss function."""
+
+    def score(*embeddings):
+        with jax.named_scope("loss"):
+            loss, terms = loss_fn(loss_key, *embeddings, hparams)
+        _check_scalars(loss, terms)
+        if model.predict is not None and PRED_LOSS in terms:
+            raise ValueError(f"loss_fn may not call a term {PRED_LOSS!r}, the predictor's own")
+        return loss, terms
+
+    return score
+
+
+def _predicted(model: ModelFns, state: TrainState, hparams: HParams):
+    """(variables, views, embeddings) -> (loss, terms) of the predictor; None without one."""
+    if model.predict is None:
+        return None
+    key = stream_key(hparams.seed, "predictor", state.step)
+    target = jax.lax.stop_gradient(getattr(state, "target", None))
+
+    def predict(variables, views, embeddings):
+        with jax.named_scope("predictor"):
+            term = model.predict(key, variables, target, views, embeddings)
+        return hparams.pred_coeff * term, {PRED_LOSS: term}
+
+    return predict
+
+
 def make_train_step(
     model: ModelFns,
     *,
@@ -381,7 +427,8 @@ def make_train_step(
     the online probe see them.
 
     Args:
-      model: see `ModelFns`.
+      model: see `ModelFns`. One with a predictor adds hparams.pred_coeff times its term to the
+        loss, and reports it as `pred_loss`; it takes no microbatches.
       augment_fn: (key, images uint8 [B, H, W, C], **hparams.augment) -> two views in [0, 1],
         [B, h, w, C] each; or P pairs of views, [P * B, h, w, C] each, as `pairs_of_views` stacks
         them. Any further batches, [n * B, h', w', C], may be of other sizes.
@@ -392,45 +439,12 @@ def make_train_step(
       microbatches: pieces in which the views go through the network, one after the other, for
         batches whose activations do not fit; a divisor of B. See `_grads_by_pieces`.
 
-    A model with a predictor adds hparams.pred_coeff times its prediction to the loss, and reports
-    it as `pred_loss`; the target network of a `TargetState` then moves, see `target_momentum`.
-
-    Raises:
-      ValueError: for a model with a predictor in microbatches.
-
     Returns:
       a function of images uint8 [B, H, W, C] and int32 labels [B], -1 for no label. Metrics are
       float32 scalars: loss, the loss's terms, lr, grad_norm, probe_loss, probe_acc, and fault, 0
       as long as views, gradients and parameters are finite (see `fault_places`).
     """
-
-    grads_of = _grads
-    if microbatches > 1:
-        if model.predict is not None:
-            raise ValueError("a model with a predictor does not go through in microbatches")
-        grads_of = functools.partial(_grads_by_pieces, num_pieces=microbatches)
-
-    def scored(loss_key, hparams):
-        def score(*embeddings):
-            with jax.named_scope("loss"):
-                loss, terms = loss_fn(loss_key, *embeddings, hparams)
-            _check_scalars(loss, terms)
-            if model.predict is not None and PRED_LOSS in terms:
-                raise ValueError(f"loss_fn may not call a term {PRED_LOSS!r}, the predictor's own")
-            return loss, terms
-
-        return score
-
-    def predicted(state, hparams):
-        key = stream_key(hparams.seed, "predictor", state.step)
-        target = jax.lax.stop_gradient(getattr(state, "target", None))
-
-        def predict(variables, views, embeddings):
-            with jax.named_scope("predictor"):
-                term = model.predict(key, variables, target, views, embeddings)
-            return hparams.pred_coeff * term, {PRED_LOSS: term}
-
-        return {} if model.predict is None else {"predict": predict}
+    grads_of = _grads_in(microbatches, model)
 
     def train_step(state, images, labels, hparams):
         with jax.named_scope("augment"):
@@ -443,8 +457,8 @@ def make_train_step(
             state.params,
             state.batch_stats,
             views,
-            scored(loss_key, hparams),
-            **predicted(state, hparams),
+            _scored(loss_fn, loss_key, hparams, model),
+            _predicted(model, state, hparams),
         )
         _check_rows(views, h, len(images))
         with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
@@ -465,16 +479,8 @@ def make_train_step(
             FAULT: fault,
             **probe_metrics,
         }
-        moved = state.replace(
-            step=state.step + 1,
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-            probe=probe,
-        )
-        if isinstance(state, TargetState):
-            moved = _with_moved_target(moved, target_momentum(hparams, state.step))
-        return moved, metrics
+        new = {"params": params, "batch_stats": batch_stats, "opt_state": opt_state, "probe": probe}
+        return _moved_on(state, new, hparams), metrics
 
     return train_step
 

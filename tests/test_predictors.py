@@ -116,11 +116,13 @@ def test_the_term_of_blocks_is_that_of_its_parts(patches):
     views, variables = patches
     key = jax.random.key(5)
     target = jax.tree.map(lambda leaf: 0.9 * leaf, without_predictor(variables))
-    found = JEPA.predict(key, variables, target, [views[:2], views[1:]], None)
+    predict = jax.jit(lambda *given: JEPA.predict(*given, None))
+    found = predict(key, variables, target, [views[:2], views[1:]])
     stacked = np.concatenate([views[:2], views[1:]])
     terms = []
+    draw = jax.jit(lambda key: sample_blocks(key, GRID))
     for own, view in zip(jax.random.split(key, 4), stacked, strict=True):
-        context, targets = sample_blocks(own, GRID)
+        context, targets = draw(own)
         seen = tokens(variables, view[None], context[None])
         wanted = np.asarray(tokens(target, view[None])[0], np.float64)
         wanted -= wanted.mean(-1, keepdims=True)
@@ -131,10 +133,12 @@ def test_the_term_of_blocks_is_that_of_its_parts(patches):
     np.testing.assert_allclose(found, np.mean(terms), rtol=1e-4)
 
 
+@jax.jit
 def tokens(variables, views, keep=None):
     return VIT.apply({"params": variables["params"]["encoder"]}, views, True, keep, method="tokens")
 
 
+@jax.jit
 def guess_of(variables, seen, context, targets):
     own = {"params": variables["params"]["predictor"]}
     return BLOCKS.apply(own, seen, context, targets, GRID)
@@ -142,9 +146,8 @@ def guess_of(variables, seen, context, targets):
 
 def test_a_block_is_guessed_from_the_context_alone_and_by_itself(patches):
     views, variables = patches
-    context, targets = jax.vmap(lambda key: sample_blocks(key, GRID))(
-        jax.random.split(jax.random.key(3), len(views))
-    )
+    draw = jax.jit(jax.vmap(lambda key: sample_blocks(key, GRID)))
+    context, targets = draw(jax.random.split(jax.random.key(3), len(views)))
     seen = tokens(variables, views, context)
     guess = guess_of(variables, seen, context, targets)
     assert guess.shape == (*targets.shape, VIT.dim)
@@ -171,7 +174,7 @@ def test_a_block_is_guessed_from_the_context_alone_and_by_itself(patches):
 @pytest.mark.parametrize("form", ["views", "blocks"])
 def test_no_gradient_reaches_what_is_predicted(form, patches):
     model, views = (BYOL, patches[0][:, :8, :8]) if form == "views" else (JEPA, patches[0])
-    variables = model.init(jax.random.key(0), views)
+    variables = jax.jit(model.init)(jax.random.key(0), views)
     key, online = jax.random.key(1), without_predictor(variables)
 
     def term(variables, target):
@@ -230,7 +233,7 @@ def test_statistics_follow_as_the_parameters_do():
     create = functools.partial(
         create_train_state, module, image_shape=(20, 20, 3), num_classes=0, has_target=True
     )
-    state = create(hparams)
+    state = jax.jit(create)(hparams)
     jax.tree.map(np.testing.assert_array_equal, state.target["batch_stats"], state.batch_stats)
     state = state.replace(batch_stats=jax.tree.map(lambda leaf: leaf + 1, state.batch_stats))
     jax.tree.map(
@@ -324,16 +327,15 @@ def trained(model, weights, images, *, has_target, num_steps=300):
     )
     hparams = dataclasses.replace(hparams, target_ema=np.float32(0.9))
     state = new_state(model, hparams, optimizer="sgd", has_target=has_target)
-    step = jax.jit(new_step(model, augment_fn=noised, optimizer="sgd"))
+    epoch = make_train_epoch(new_step(model, augment_fn=noised, optimizer="sgd"))
     unlabelled = np.full(len(images), -1, np.int32)
+    order = np.tile(np.arange(len(images), dtype=np.int32), (num_steps, 1))
 
     def embed(state):
         return model.apply({"params": state.params}, normalised(to_float(images)), False)[0][1]
 
-    before = embed(state)
-    for _ in range(num_steps):
-        state, _ = step(state, images, unlabelled, hparams)
-    return before, embed(state)
+    after, _ = jax.jit(epoch)(state, images, unlabelled, order, hparams)
+    return embed(state), embed(after)
 
 
 def test_prediction_with_a_regulariser_does_not_collapse_and_bare_invariance_does(cifar_arrays):
