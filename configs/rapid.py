@@ -75,6 +75,13 @@ def get_config() -> ConfigDict:
     config.model.pool = "cls"  # new; the class token, or mean: over the patches
     config.model.depth = 0  # new; blocks; 0: as many as the type has
 
+    config.model.predictor = False  # new; True predicts what a target network says, see loss
+    config.model.target_ema = 0.0  # new; its momentum at the start; 0: the online network itself
+    config.model.mask = "none"  # new; predicted is the other view; or blocks: masked patches (ViT)
+    config.model.pred_hidden_dim = 4096  # new; BYOL's; of the predictor from view to view
+    config.model.pred_dim = 384  # new; I-JEPA's; of the predictor from patches to patches
+    config.model.pred_depth = 6  # new; I-JEPA's for its smallest networks
+
     config.loss = ConfigDict()
     config.loss.type = "vicreg"  # or sigreg, lejepa, barlow, simclr, or my_module:my_loss
     config.loss.pairing = "pairs"  # new; of many views; mean: each against the mean of the others
@@ -85,6 +92,7 @@ def get_config() -> ConfigDict:
     config.loss.num_directions = 256  # new; random ones of sigreg and lejepa, anew every step
     config.loss.redundancy_coeff = 0.005  # new; the lambda of barlow
     config.loss.temperature = 0.5  # new; of simclr
+    config.loss.pred_coeff = 1.0  # new; of the predictor's term, where there is a predictor
 
     config.optim = ConfigDict()
     config.optim.name = "lars"  # new; lars (with clipping, as the reference), sgd, adamw, muon

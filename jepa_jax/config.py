@@ -41,8 +41,15 @@ from jepa_jax.models import (
 from jepa_jax.objectives import OBJECTIVES, is_loss_type
 from jepa_jax.optim import OPTIMIZERS
 from jepa_jax.pairing import PAIRINGS
+from jepa_jax.predictors import (
+    HEAD_DIM,
+    BlockPredictor,
+    EmbeddingPredictor,
+    predicts_blocks,
+    predicts_views,
+)
 from jepa_jax.train_step import HParams
-from jepa_jax.vit import POOLS, POS_EMBEDS
+from jepa_jax.vit import POOLS, POS_EMBEDS, ViT
 
 # Of config.json and summary.json.
 SCHEMA_VERSION = 1
@@ -191,6 +198,16 @@ _KEYS = {
     "model.stem_pool": _FLAG,
     "model.expand_dim": _between(0, 2**16),
     "model.stem_init": _one_of("random", "whitening"),
+    "model.predictor": _FLAG,
+    "model.target_ema": _Key(float, "in [0, 1)", lambda value: 0 <= value < 1),
+    "model.mask": _one_of("none", "blocks"),
+    "model.pred_hidden_dim": _between(1, 2**18),
+    "model.pred_dim": _Key(
+        int,
+        f"a multiple of {HEAD_DIM}, at most {2**14:,}",
+        lambda value: 0 < value <= 2**14 and value % HEAD_DIM == 0,
+    ),
+    "model.pred_depth": _between(1, _MOST_BLOCKS),
     "loss.type": _Key(
         str, f"one of {', '.join(OBJECTIVES)}, or one's own as my_module:my_loss", is_loss_type
     ),
@@ -204,6 +221,7 @@ _KEYS = {
     "loss.temperature": _Key(
         float, "at least 0.001 and at most 1,000", lambda value: 1e-3 <= value <= 1e3
     ),
+    "loss.pred_coeff": _NOT_NEGATIVE,
     "optim.name": _one_of(*OPTIMIZERS),
     "optim.epochs": _Key(
         float, f"above 0 and at most {_MOST_EPOCHS:,}", lambda value: 0 < value <= _MOST_EPOCHS
@@ -351,6 +369,7 @@ def validate(config: ConfigDict) -> None:
             "config.optim.schedule=late_epoch needs a whole number of config.optim.warmup_epochs "
             f"other than 1, got {optim.warmup_epochs:g}"
         )
+    _check_prediction(config)
     if config.model.stem_init == "whitening" and model_type(config.model) != "resnet":
         raise ConfigError(
             "config.model.stem_init=whitening is for config.model.type=resnet: with "
@@ -366,6 +385,28 @@ def validate(config: ConfigDict) -> None:
         )
 
 
+def _check_prediction(config: ConfigDict) -> None:
+    model = config.model
+    if not model.predictor:
+        for name, is_set in (("target_ema", model.target_ema), ("mask", model.mask != "none")):
+            if is_set:
+                raise ConfigError(
+                    f"config.model.{name}={model[name]} is of use to a predictor alone: add "
+                    "config.model.predictor=True"
+                )
+    elif config.training.microbatches > 1:
+        raise ConfigError(
+            "config.model.predictor=True needs config.training.microbatches=1: what is predicted "
+            "of a batch is not computed in pieces"
+        )
+
+
+def has_target(config: Mapping[str, Any]) -> bool:
+    """Whether a target network follows the online one."""
+    # .get: an older run has no such key.
+    return config["model"].get("target_ema", 0.0) > 0
+
+
 def num_parameters(model: Mapping[str, Any]) -> int:
     """How many the `model` section of a config describes; of a network that is never built.
 
@@ -377,7 +418,18 @@ def num_parameters(model: Mapping[str, Any]) -> int:
     if model["use_projector"]:
         hidden, outputs = model["proj_hidden_dim"], model["proj_output_dim"]
         size += (feature_dim(model) + 3) * hidden + (hidden + 3) * hidden + (hidden + 1) * outputs
-    return size
+    # .get: configs of older runs have no such key.
+    return size + (_predictor_parameters(model) if model.get("predictor", False) else 0)
+
+
+def _predictor_parameters(model: Mapping[str, Any]) -> int:
+    if model["mask"] == "none":
+        dim = model["proj_output_dim"] if model["use_projector"] else feature_dim(model)
+        return (2 * dim + 3) * model["pred_hidden_dim"] + dim
+    features, dim, depth = feature_dim(model), model["pred_dim"], model["pred_depth"]
+    # A block's matrices, biases and two LayerNorms; the last LayerNorm; the mask token.
+    blocks = depth * (12 * dim**2 + 13 * dim) + 2 * dim + dim
+    return blocks + (features + 1) * dim + (dim + 1) * features
 
 
 def feature_dim(model: Mapping[str, Any]) -> int:
@@ -416,10 +468,33 @@ def create_encoder(
         if model.use_projector:
             projector = Projector(model.proj_hidden_dim, model.proj_output_dim, dtype)
         if isinstance(encoder, EncoderFns):
-            encoder = with_projector(encoder, projector)
+            whole = with_projector(encoder, projector)
         else:
-            encoder = linen_model(ImageJEPA(encoder, projector))
+            whole = linen_model(ImageJEPA(encoder, projector))
+        encoder = _with_predictor(model, encoder, whole, dtype)
+    elif (encoder.predict is not None) != config.model.get("predictor", False):
+        raise ConfigError(
+            "config.model.predictor has to be True for a ModelFns with `predict`, and for no other"
+        )
     return Encoder(encoder, tuple(config.data.mean), tuple(config.data.std))
+
+
+def _with_predictor(
+    model: Any, encoder: nn.Module | EncoderFns, whole: ModelFns, dtype: Any
+) -> ModelFns:
+    """The whole network with the predictor that the `model` section of a config describes."""
+    # .get: an older run has no such keys.
+    if not model.get("predictor", False):
+        return whole
+    if model.mask == "none":
+        return predicts_views(whole, EmbeddingPredictor(model.pred_hidden_dim, dtype))
+    if not isinstance(encoder, ViT):
+        raise ConfigError(
+            f"config.model.mask={model.mask} needs an encoder of patches such as "
+            f"config.model.type=vit_ti, this one is a {type(encoder).__name__}"
+        )
+    predictor = BlockPredictor(model.pred_dim, model.pred_depth, dtype)
+    return predicts_blocks(whole, encoder, predictor)
 
 
 def _check_fits(count: int) -> None:
@@ -459,6 +534,8 @@ def hparams_from(config: ConfigDict, steps_per_epoch: int) -> HParams:
         "sigreg_coeff": loss.sigreg_coeff,
         "redundancy_coeff": loss.redundancy_coeff,
         "temperature": loss.temperature,
+        "pred_coeff": loss.get("pred_coeff", 1.0),
+        "target_ema": config.model.get("target_ema", 0.0),
         "probe_lr": optim.probe_lr,
         "late_epoch_steps": steps_per_epoch if optim.schedule == "late_epoch" else 0,
     }

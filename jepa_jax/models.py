@@ -5,7 +5,7 @@ Images are NHWC floats, normalised by the caller; representations `h [B, F]` and
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -259,16 +259,33 @@ class ImageJEPA(nn.Module):
         return h, (h if self.projector is None else self.projector(h, train))
 
 
+# Where the parameters of a predictor lie among those of its model.
+PREDICTOR = "predictor"
+
+
+def without_predictor(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of the network that is judged: a predictor is of use in training alone."""
+    params = variables["params"]
+    if isinstance(params, Mapping):
+        params = {name: tree for name, tree in params.items() if name != PREDICTOR}
+    return {**variables, "params": params}
+
+
 class ModelFns(NamedTuple):
     """What training needs of a model; any framework that can supply the pair can be trained.
 
     init(key, images) -> variables, a dict with 'params' and, where there are any, 'batch_stats'.
     apply(variables, images, train) -> ((h, z), batch_stats): the statistics are the updated ones
       when `train`, else those that came in. Images are normalised floats [B, H, W, 3].
+    predict(key, variables, target, views, embeddings) -> a scalar, for a model with a predictor:
+      how far what it predicts lies from what the target network says. `target` are that network's
+      variables, None where it is this very one; views (two batches) and embeddings z are those of
+      the step. No gradient may reach what is predicted. See `predictors`.
     """
 
     init: Callable[[jax.Array, jax.Array], dict[str, Any]]
     apply: Callable[[dict[str, Any], jax.Array, bool], tuple[Any, Any]]
+    predict: Callable[..., jax.Array] | None = None
 
 
 class EncoderFns(NamedTuple):

@@ -29,6 +29,7 @@ from jepa_jax.config import (
     create_encoder,
     flatten,
     has_blur,
+    has_target,
     hparams_from,
     local_side,
     num_local_crops,
@@ -47,8 +48,9 @@ from jepa_jax.encoders import check_encoder, is_own, model_type
 from jepa_jax.environment import describe_environment
 from jepa_jax.errors import CheckpointError, ConfigError, JepaError
 from jepa_jax.evaluation import has_labels
+from jepa_jax.masks import block_sides
 from jepa_jax.metrics import read_json, write_json
-from jepa_jax.models import Encoder, patch_whitening_kernel
+from jepa_jax.models import PREDICTOR, Encoder, patch_whitening_kernel, without_predictor
 from jepa_jax.objectives import make_loss_fn, term_weights
 from jepa_jax.pairing import lifted
 from jepa_jax.paths import home_expanded
@@ -62,6 +64,7 @@ from jepa_jax.train_step import (
     check_scalars,
     create_train_state,
     fault_places,
+    fresh_target,
     stream_key,
 )
 from jepa_jax.vit import VIT_SIZES
@@ -101,13 +104,14 @@ def _order(seed, epoch, num_images: int, batch_size: int) -> jax.Array:
 
 # Of a few networks: the plans of a sweep share what is compiled.
 @functools.lru_cache(maxsize=4)
-def _state_creator(model, image_shape, num_classes: int, optimizer: str):
+def _state_creator(model, image_shape, num_classes: int, optimizer: str, with_target: bool):
     create = functools.partial(
         create_train_state,
         model,
         image_shape=image_shape,
         num_classes=num_classes,
         optimizer=optimizer,
+        has_target=with_target,
     )
     return jax.jit(create)
 
@@ -156,11 +160,17 @@ class Plan:
 
     @property
     def balance(self) -> tuple[str, str]:
-        """Of `loss_balance`, for VICReg's weights; two empty texts for another loss."""
-        if self.loss_type != "vicreg":
+        """Of `loss_balance`, for VICReg's weights; two empty texts for another loss.
+
+        A predictor of the other view pulls the views together as the invariance term does, and is
+        counted with it; of blocks nothing is known beside which to hold the weights.
+        """
+        if self.loss_type != "vicreg" or self.config.model.mask != "none":
             return "", ""
         loss, names = self.config.loss, ("sim_coeff", "std_coeff", "cov_coeff")
-        return loss_balance(self.embedding_dim, **{name: loss[name] for name in names})
+        weights = {name: loss[name] for name in names}
+        weights["sim_coeff"] += loss.pred_coeff if self.config.model.predictor else 0.0
+        return loss_balance(self.embedding_dim, **weights)
 
     @property
     def feature_dim(self) -> int:
@@ -205,7 +215,7 @@ class Plan:
         """Draws the first parameters and what goes with them; compiled once."""
         num_classes = self.dataset.num_classes if self.has_labels else 0
         name, shape = self.config.optim.name, self.dataset.image_shape
-        return _state_creator(self.encoder.model, shape, num_classes, name)
+        return _state_creator(self.encoder.model, shape, num_classes, name, has_target(self.config))
 
     def with_numbers(self, config: ConfigDict, workdir: pathlib.Path) -> "Plan":
         """The plan of a config that differs in traced numbers alone: it shares what is compiled."""
@@ -278,6 +288,22 @@ def _check_patches(config: ConfigDict, dataset: Dataset) -> None:
                 f"config.model.patch_size={patch} does not divide {what} of {height} x {width} "
                 "pixels"
             )
+
+
+def _check_blocks(config: ConfigDict, encoder: Any, augment_fn: AugmentFn, dataset) -> None:
+    """Views that are to be masked by blocks have enough patches for them."""
+    if config.model.mask == "none":
+        return
+    images = jax.ShapeDtypeStruct((2, *dataset.image_shape), jnp.uint8)
+    height, width = jax.eval_shape(augment_fn, jax.random.key(0), images)[0].shape[1:3]
+    patch = config.model.patch_size if encoder is None else encoder.patch_size
+    try:
+        block_sides((height // patch, width // patch))
+    except ValueError as error:
+        raise ConfigError(
+            f"config.model.mask={config.model.mask}: {error}; make config.data.view_size larger or "
+            "config.model.patch_size smaller"
+        ) from error
 
 
 def _views_of(config: ConfigDict, dataset: Dataset) -> AugmentFn:
@@ -432,6 +458,7 @@ def make_plan(
         config = config.copy_and_resolve_references()
         config.data.view_size = 0
         _check_views(augment_fn, config, dataset)
+    _check_blocks(config, encoder, augment_fn, dataset)
     steps_per_epoch = len(dataset.train_images) // config.data.batch_size
     if round(config.optim.epochs * steps_per_epoch) < 1:
         raise ConfigError(
@@ -485,7 +512,7 @@ def initial_state(plan: Plan) -> TrainState:
     state = plan.create_state(plan.hparams)
     if plan.config.model.stem_init == "whitening" and "encoder" not in plan.custom:
         _whiten_stem(plan.encoder, plan.config, plan.dataset.train_images, state.params)
-    return state
+    return fresh_target(state)
 
 
 def untrained_variables(
@@ -678,7 +705,8 @@ def starting_state(plan: Plan, checkpoints: Any, state: TrainState):
 def _with_parameters_of(plan: Plan, state: TrainState) -> TrainState:
     """The state with the parameters and statistics in `plan.init_from`.
 
-    An encoder that was imported without a projector is trained under the fresh one.
+    An encoder that was imported without a projector is trained under the fresh one, and so is one
+    without a predictor. A target network begins as a copy of what was given.
     """
     workdir = home_expanded(plan.init_from)
     stored = checkpoint.load_latest(workdir)
@@ -687,7 +715,11 @@ def _with_parameters_of(plan: Plan, state: TrainState) -> TrainState:
     if "encoder" in given["params"] and "projector" in set(state.params) - set(given["params"]):
         say(f"{'init':<10}{workdir} has no projector: a new one is trained")
         given = {kind: {**wanted[kind], **tree} for kind, tree in given.items()}
-
+    if PREDICTOR not in set(state.params):
+        given = without_predictor(given)
+    elif PREDICTOR not in given["params"]:
+        say(f"{'init':<10}{workdir} has no predictor: a new one is trained")
+        given["params"][PREDICTOR] = state.params[PREDICTOR]
     try:
         for kind in ("params", "batch_stats"):
             checkpoint.check_shapes(checkpoint.shapes_of({kind: given[kind]}), {kind: wanted[kind]})
@@ -695,7 +727,7 @@ def _with_parameters_of(plan: Plan, state: TrainState) -> TrainState:
         raise CheckpointError(f"--init_from={workdir} holds another model: {error}") from error
     _check_same_network(plan, workdir)
     given = jax.tree.map(jnp.asarray, given)
-    return dataclasses.replace(state, **given)
+    return fresh_target(dataclasses.replace(state, **given))
 
 
 def _check_same_network(plan: Plan, workdir: pathlib.Path) -> None:

@@ -17,6 +17,7 @@ _SURE_AFTER_SECONDS = 5.0
 _TERMS = (
     "invariance_loss",
     "prediction_loss",
+    "pred_loss",
     "var_loss",
     "cov_loss",
     "sigreg_loss",

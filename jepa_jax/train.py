@@ -156,6 +156,7 @@ def _print_header(plan: Plan, state: TrainState, progress: dict[str, Any]) -> No
         "model": f"{plan.custom.get('encoder', config.model.type)}, {parameters:,} parameters, "
         f"computing in {compute_dtype(config).__name__}",
         "loss": loss,
+        **_of_predictor(config),
         "optimiser": f"{config.optim.name}, rate {config.optim.lr:g}, batch "
         f"{config.data.batch_size}{of_views}, {config.optim.epochs:g} epochs = "
         f"{plan.num_steps} steps",
@@ -170,6 +171,18 @@ def _print_header(plan: Plan, state: TrainState, progress: dict[str, Any]) -> No
         say(f"{name:<10}{text}")
     if warning:
         say(f"{'warning':<10}{warning}")
+
+
+def _of_predictor(config: ConfigDict) -> dict[str, str]:
+    """What is predicted, of which network and at what weight; nothing without a predictor."""
+    model = config.model
+    if not model.predictor:
+        return {}
+    what = "four blocks of patches" if model.mask == "blocks" else "the other view"
+    whose = f"a target network of momentum {model.target_ema:g} to 1"
+    if not model.target_ema:
+        whose = "the network itself, its gradient stopped"
+    return {"predictor": f"of {what} as seen by {whose}; weight {config.loss.pred_coeff:g}"}
 
 
 def _classes(dataset: Dataset) -> str:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jepa_jax.models import ModelFns, normalize
+from jepa_jax.models import ModelFns, normalize, without_predictor
 from jepa_jax.objectives import vicreg
 from jepa_jax.optim import create_optimizer, late_epoch_warmup_cosine, warmup_cosine
 
@@ -27,6 +27,8 @@ FAULT = "fault"
 # The first batches of views are the global ones, of the size at which a network is used; any
 # further ones are smaller crops, which only the loss sees.
 NUM_GLOBAL = 2
+# How the term of a model with a predictor is called.
+PRED_LOSS = "pred_loss"
 
 
 @flax.struct.dataclass
@@ -37,6 +39,8 @@ class HParams:
     `warmup_steps` and falls by a half cosine to `min_lr` at `num_steps`. With `late_epoch_steps`
     above 0, the steps of an epoch, it is the reference's: see `late_epoch_warmup_cosine`.
     `augment` holds what augment_fn takes beside key and images, by name; nothing for one's own.
+    `pred_coeff` weighs the term of a model with a predictor; `target_ema` is the momentum that its
+    target network begins with, see `target_momentum`.
     """
 
     seed: jax.typing.ArrayLike
@@ -56,6 +60,8 @@ class HParams:
     redundancy_coeff: jax.typing.ArrayLike = 5e-3
     temperature: jax.typing.ArrayLike = 0.5
     augment: dict[str, Any] = dataclasses.field(default_factory=dict)
+    pred_coeff: jax.typing.ArrayLike = 1.0
+    target_ema: jax.typing.ArrayLike = 0.0
 
 
 @flax.struct.dataclass
@@ -75,6 +81,16 @@ class TrainState:
     batch_stats: Any
     opt_state: optax.OptState
     probe: Probe | None
+
+
+@flax.struct.dataclass
+class TargetState(TrainState):
+    """The state of a run with a target network: its `params` (no predictor) and `batch_stats`.
+
+    A class of its own, so that a state without a target has the arrays that it always had.
+    """
+
+    target: dict[str, Any]
 
 
 # (key, z1, z2, hparams): the embeddings of every batch of views that the augmentation makes, two or
@@ -104,6 +120,35 @@ def learning_rate(hparams: HParams, step: jax.typing.ArrayLike) -> jax.Array:
     return jnp.where(epoch_steps > 0, late, warmup_cosine(step, **numbers))
 
 
+def target_momentum(hparams: HParams, step: jax.typing.ArrayLike) -> jax.Array:
+    """Of the target network after update number `step`, from 0 (arXiv 2006.07733, section 3.3).
+
+    From `target_ema` by a half cosine to 1 at `num_steps`. (I-JEPA's goes there in a line.)
+    """
+    share = jnp.asarray(step, jnp.float32) / hparams.num_steps
+    return 1 - (1 - hparams.target_ema) * (jnp.cos(jnp.pi * share) + 1) / 2
+
+
+def fresh_target(state: TrainState) -> TrainState:
+    """The state with a target network, if it has any, that is a copy of the online one."""
+    if not isinstance(state, TargetState):
+        return state
+    online = without_predictor({"params": state.params, "batch_stats": state.batch_stats})
+    # Arrays of its own: a state that holds one twice cannot be donated.
+    return state.replace(target=jax.tree.map(jnp.copy, online))
+
+
+def _moved_on(state: TrainState, new: dict[str, Any], hparams: HParams) -> TrainState:
+    """The state of the next step; a target network moves to m * target + (1 - m) * online."""
+    moved = state.replace(step=state.step + 1, **new)
+    if not isinstance(state, TargetState):
+        return moved
+    momentum = target_momentum(hparams, state.step)
+    online = without_predictor({"params": moved.params, "batch_stats": moved.batch_stats})
+    target = jax.tree.map(lambda t, p: momentum * t + (1 - momentum) * p, state.target, online)
+    return moved.replace(target=target)
+
+
 def _optimizer(name: str, hparams: HParams, step: jax.typing.ArrayLike):
     return create_optimizer(
         name,
@@ -120,6 +165,7 @@ def create_train_state(
     image_shape: tuple[int, int, int],
     num_classes: int,
     optimizer: str = "lars",
+    has_target: bool = False,
 ) -> TrainState:
     """A fresh state, a function of `hparams.seed`; jit-able.
 
@@ -129,6 +175,10 @@ def create_train_state(
       image_shape: (H, W, C) of one view.
       num_classes: of the online probe; 0 without labels.
       optimizer: a name of `optim.OPTIMIZERS`.
+      has_target: whether a model with a predictor has a target network of its own.
+
+    Returns:
+      a `TargetState` if it has, else a `TrainState`.
     """
     images = jnp.zeros((2, *image_shape), jnp.float32)
     variables = model.init(stream_key(hparams.seed, "init"), images)
@@ -141,13 +191,14 @@ def create_train_state(
             "bias": jnp.zeros((num_classes,), jnp.float32),
         }
         probe = Probe(probe_params, optax.adam(hparams.probe_lr).init(probe_params))
-    return TrainState(
+    state = TrainState(
         step=jnp.zeros([], jnp.int32),
         params=params,
         batch_stats=batch_stats,
         opt_state=_optimizer(optimizer, hparams, 0).init(params),
         probe=probe,
     )
+    return fresh_target(TargetState(**vars(state), target={})) if has_target else state
 
 
 def probe_logits(probe_params: dict[str, jax.Array], h: jax.Array) -> jax.Array:
@@ -228,13 +279,15 @@ def _fault(views: list[jax.Array], grad_squares: list[jax.Array], params: Any) -
     return jnp.where(is_everywhere, len(flags) + 1, first).astype(jnp.float32)
 
 
-def _grads(model: ModelFns, params, batch_stats, views, score):
+def _grads(model: ModelFns, params, batch_stats, views, score, predict=None):
     """(loss, terms), h of the first views, new batch statistics, and the parameters' gradient.
 
     Args:
       views: two batches of views or more, of any sizes and numbers of rows. Each is normalised by
         moments of its own; the running statistics are those of the `NUM_GLOBAL` first.
       score: (z1, z2, ...), one of each batch -> (loss, terms).
+      predict: (variables, views, embeddings), of the `NUM_GLOBAL` first -> (loss, terms) that are
+        added; nothing for a model without a predictor.
     """
 
     def loss_and_aux(params):
@@ -245,14 +298,21 @@ def _grads(model: ModelFns, params, batch_stats, views, score):
                 output, moved = model.apply(variables, view, True)
                 stats = moved if place < NUM_GLOBAL else stats
                 outputs.append(output)
-        loss, terms = score(*(z for _, z in outputs))
+        embeddings = [z for _, z in outputs]
+        loss, terms = score(*embeddings)
+        if predict is not None:
+            variables = {"params": params, "batch_stats": batch_stats}
+            more, term = predict(variables, views[:NUM_GLOBAL], embeddings[:NUM_GLOBAL])
+            loss, terms = loss + more, {**terms, **term}
         return loss, (terms, outputs[0][0], stats)
 
     (loss, (terms, h, stats)), grads = jax.value_and_grad(loss_and_aux, has_aux=True)(params)
     return (loss, terms), h, stats, grads
 
 
-def _grads_by_pieces(model: ModelFns, params, batch_stats, views, score, *, num_pieces: int):
+def _grads_by_pieces(
+    model: ModelFns, params, batch_stats, views, score, predict=None, *, num_pieces: int
+):
     """`_grads` with the activations of one piece of one view in memory at a time.
 
     The gradient of the loss by the embeddings needs no activations: a first pass embeds every
@@ -263,7 +323,9 @@ def _grads_by_pieces(model: ModelFns, params, batch_stats, views, score, *, num_
     statistics move by the mean of these. The price is a second forward pass.
 
     Piece i has rows i, i + num_pieces, ...: of every device's part of the batch the same share.
+    There is no predictor, see `_grads_in`.
     """
+    del predict
     # On a CPU a convolution inside a loop of XLA's takes a path some 60 times slower.
     scan = functools.partial(
         jax.lax.scan, unroll=num_pieces if jax.default_backend() == "cpu" else 1
@@ -316,6 +378,44 @@ def _grads_by_pieces(model: ModelFns, params, batch_stats, views, score, *, num_
     return (loss, terms), outputs[0][0], stats, grads
 
 
+def _grads_in(num_pieces: int, model: ModelFns):
+    """`_grads`, or `_grads_by_pieces`."""
+    if num_pieces == 1:
+        return _grads
+    if model.predict is not None:
+        raise ValueError("a model with a predictor does not go through in microbatches")
+    return functools.partial(_grads_by_pieces, num_pieces=num_pieces)
+
+
+def _scored(loss_fn: LossFn, loss_key: jax.Array, hparams: HParams, model: ModelFns):
+    """(z1, z2, ...) -> (loss, terms) by the loss function."""
+
+    def score(*embeddings):
+        with jax.named_scope("loss"):
+            loss, terms = loss_fn(loss_key, *embeddings, hparams)
+        check_scalars(loss, terms)
+        if model.predict is not None and PRED_LOSS in terms:
+            raise ValueError(f"loss_fn may not call a term {PRED_LOSS!r}, the predictor's own")
+        return loss, terms
+
+    return score
+
+
+def _predicted(model: ModelFns, state: TrainState, hparams: HParams):
+    """(variables, views, embeddings) -> (loss, terms) of the predictor; None without one."""
+    if model.predict is None:
+        return None
+    key = stream_key(hparams.seed, "predictor", state.step)
+    target = jax.lax.stop_gradient(getattr(state, "target", None))
+
+    def predict(variables, views, embeddings):
+        with jax.named_scope("predictor"):
+            term = model.predict(key, variables, target, views, embeddings)
+        return hparams.pred_coeff * term, {PRED_LOSS: term}
+
+    return predict
+
+
 def make_train_step(
     model: ModelFns,
     *,
@@ -334,7 +434,8 @@ def make_train_step(
     the online probe see them.
 
     Args:
-      model: see `ModelFns`.
+      model: see `ModelFns`. One with a predictor adds hparams.pred_coeff times its term to the
+        loss, and reports it as `pred_loss`; it takes no microbatches.
       augment_fn: (key, images uint8 [B, H, W, C], **hparams.augment) -> two views in [0, 1],
         [B, h, w, C] each; or P pairs of views, [P * B, h, w, C] each, as `pairs_of_views` stacks
         them. Any further batches, [n * B, h', w', C], may be of other sizes.
@@ -350,19 +451,7 @@ def make_train_step(
       float32 scalars: loss, the loss's terms, lr, grad_norm, probe_loss, probe_acc, and fault, 0
       as long as views, gradients and parameters are finite (see `fault_places`).
     """
-
-    grads_of = _grads
-    if microbatches > 1:
-        grads_of = functools.partial(_grads_by_pieces, num_pieces=microbatches)
-
-    def scored(loss_key, hparams):
-        def score(*embeddings):
-            with jax.named_scope("loss"):
-                loss, terms = loss_fn(loss_key, *embeddings, hparams)
-            check_scalars(loss, terms)
-            return loss, terms
-
-        return score
+    grads_of = _grads_in(microbatches, model)
 
     def train_step(state, images, labels, hparams):
         with jax.named_scope("augment"):
@@ -371,7 +460,12 @@ def make_train_step(
             views = [normalize(view, mean, std) for view in views]
         loss_key = stream_key(hparams.seed, "loss", state.step)
         (loss, terms), h, batch_stats, grads = grads_of(
-            model, state.params, state.batch_stats, views, scored(loss_key, hparams)
+            model,
+            state.params,
+            state.batch_stats,
+            views,
+            _scored(loss_fn, loss_key, hparams, model),
+            _predicted(model, state, hparams),
         )
         _check_rows(views, h, len(images))
         with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
@@ -392,7 +486,8 @@ def make_train_step(
             FAULT: fault,
             **probe_metrics,
         }
-        return TrainState(state.step + 1, params, batch_stats, opt_state, probe), metrics
+        new = {"params": params, "batch_stats": batch_stats, "opt_state": opt_state, "probe": probe}
+        return _moved_on(state, new, hparams), metrics
 
     return train_step
 

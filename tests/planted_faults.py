@@ -84,6 +84,27 @@ FAULTS = [
         "test_own_encoders.py::test_re_estimated_statistics_are_the_moments_of_clean_images",
     ),
     Fault(
+        "a gradient reaches what is predicted",
+        "predictors.py",
+        "t1, t2 = jax.lax.stop_gradient(targets)",
+        "t1, t2 = targets",
+        "test_predictors.py::test_no_gradient_reaches_what_is_predicted[views]",
+    ),
+    Fault(
+        "a target network that stands still",
+        "train_step.py",
+        "momentum * t + (1 - momentum) * p",
+        "t + 0 * p",
+        "test_predictors.py::test_the_target_follows_by_the_law_of_a_moving_average",
+    ),
+    Fault(
+        "patches that are to be predicted are context",
+        "masks.py",
+        "jnp.where(is_target, -1.0, rank)",
+        "rank",
+        "test_masks.py::test_context_has_no_patch_twice_and_none_of_a_target",
+    ),
+    Fault(
         "a sign: the views are added",
         "losses.py",
         "jnp.square(z1 - z2)",

@@ -16,7 +16,7 @@ PACKAGE = pathlib.Path(jepa_jax.__file__).parent
 # A room imports only from lower floors, never sideways. `data` is one room.
 FLOORS = (
     {"errors"},
-    {"augment", "health", "losses", "optim", "pairing", "probes"}
+    {"augment", "health", "losses", "masks", "optim", "pairing", "probes"}
     | {"device", "dotted", "last_words", "lock", "paths", "progress", "signals"},
     {
         "checkpoint",
@@ -34,6 +34,7 @@ FLOORS = (
     {
         "encoders",
         "interop",
+        "predictors",
         "representation",
         "sgd_probe",
         "train_step",
@@ -48,7 +49,7 @@ FLOORS = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Arrays in, arrays out: no file, no config, no framework.
-PURE_MATHS = ("augment", "health", "losses", "optim", "pairing", "probes")
+PURE_MATHS = ("augment", "health", "losses", "masks", "optim", "pairing", "probes")
 ALLOWED_IN_PURE_MATHS = {"collections", "functools", "itertools", "jax", "math", "optax", "typing"}
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

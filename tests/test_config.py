@@ -205,6 +205,13 @@ BAD_VALUES = [
     ("model.stem_padding", 0, "1, 2 or 3"),
     ("model.stem_pool", 1, "must be of type bool"),
     ("model.stem_init", "whitenning", "(did you mean whitening?)"),
+    ("model.predictor", 1, "must be of type bool"),
+    ("model.target_ema", 1.0, "in [0, 1)"),
+    ("model.mask", "block", "(did you mean blocks?)"),
+    ("model.pred_hidden_dim", 0, "at least 1"),
+    ("model.pred_dim", 100, "a multiple of 32"),
+    ("model.pred_depth", 0, "at least 1"),
+    ("loss.pred_coeff", -1.0, "at least 0"),
     ("loss.type", "vicregg", "(did you mean vicreg?)"),
     ("loss.type", "siglip", "one of vicreg, sigreg, bcs, lejepa, barlow, simclr, or one's own as "),
     ("loss.type", "my_module:", "or one's own as my_module:my_loss, got 'my_module:'"),
@@ -284,6 +291,12 @@ def test_values_at_the_edge_are_legal(key, value):
     [
         ({"optim.warmup_epochs": 51.0}, ["optim.warmup_epochs (51)", "optim.epochs (50)"]),
         ({"model.stem_init": "whitening", "model.width": 31}, ["model.stem_init", "model.width"]),
+        ({"model.target_ema": 0.9}, ["model.target_ema=0.9", "model.predictor=True"]),
+        ({"model.mask": "blocks"}, ["model.mask=blocks", "model.predictor=True"]),
+        (
+            {"model.predictor": True, "training.microbatches": 2},
+            ["model.predictor=True", "training.microbatches=1"],
+        ),
         ({"model.width": 60_000}, ["network of 9.8e+12 parameters", "config.model.width"]),
         ({"model.proj_hidden_dim": 200_000}, ["4.1e+10 parameters", "smaller projector dims"]),
     ],
@@ -388,6 +401,32 @@ def test_every_model_key_reaches_the_model():
     second = (32 + 9 * 16) * 16 + 16 * 64 + 32 * 64 + 2 * (16 + 16 + 64 + 64)
     assert sizes(create_encoder(config)) == (stem + first + second, (2, 64), (2, 64))
     assert feature_dim(config.model) == 64
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model.pred_hidden_dim": 7},
+        {"model.type": "vit_ti", "model.depth": 1, "model.mask": "blocks", "model.pred_dim": 64},
+    ],
+)
+def test_a_predictor_is_counted_and_lies_beside_a_network_that_stays_as_it_is(changes):
+    config = cpu.get_config()
+    config.update_from_flattened_dict({"model.stem_init": "random", **changes})
+    plain = sizes(create_encoder(config))
+    config.model.predictor = True
+    with_it = sizes(create_encoder(config))
+    counted = num_parameters(config.model)
+    config.model.predictor = False
+    assert with_it[0] - plain[0] == counted - num_parameters(config.model) > 0
+    assert with_it[1:] == plain[1:]
+
+
+def test_blocks_need_an_encoder_of_patches():
+    config = cpu.get_config()
+    config.model.update(predictor=True, mask="blocks")
+    with pytest.raises(ConfigError, match=r"model\.mask=blocks needs an encoder of patches"):
+        create_encoder(config)
 
 
 def test_a_config_without_a_block_is_of_basic_ones():

@@ -105,10 +105,12 @@ def require_torch(python: str) -> None:
 
 def what_it_lacks(config: ConfigDict) -> str:
     """Why a config cannot be compared, in a few words; empty if it can."""
-    if config.loss.type != "vicreg":
-        return "the peer has no loss but vicreg"
     if config.model.type != "resnet":
         return f"the peer has no {config.model.type}"
+    if config.model.predictor:
+        return "the peer has no predictor"
+    if config.loss.type != "vicreg":
+        return "the peer has no loss but vicreg"
     block = config.model.block
     return "" if block == "basic" else f"the peer has no {block} blocks"
 

@@ -87,8 +87,13 @@ def encoder_layers(model: Mapping[str, Any], image_side: int) -> list[Layer]:
       image_side: of square images.
 
     Raises:
-      ConfigError: for another encoder than a ResNet.
+      ConfigError: for another encoder than a ResNet, or one with a predictor.
     """
+    if model.get("predictor", False):
+        raise ConfigError(
+            "the benchmark counts no predictor and no target network: training says images/s with "
+            "them"
+        )
     if model_type(model) != "resnet":
         raise ConfigError(
             f"the benchmark counts the layers of a ResNet, not of {model_type(model)}: "

@@ -15,7 +15,7 @@ from jepa_jax.errors import CheckpointError
 from jepa_jax.metrics import Row, read_json, read_metrics
 from jepa_jax.objectives import term_weights
 from jepa_jax.paths import home_expanded
-from jepa_jax.train_step import RESERVED_METRICS
+from jepa_jax.train_step import PRED_LOSS, RESERVED_METRICS
 
 KNOWN_TERMS = ("invariance_loss", "var_loss", "cov_loss")
 # Beside the package in a checkout, and absent where only the package was installed.
@@ -92,6 +92,8 @@ class Run:
         # A damaged file may hold anything.
         found = term_weights({**loss, "type": str(loss.get("type"))})
         weights = {term: number(weight) for term, weight in found.items()}
+        if weights and self.config.get("model.predictor"):
+            weights[PRED_LOSS] = number(loss.get("pred_coeff"))
         return weights if all(map(math.isfinite, weights.values())) else {}
 
     def seconds(self) -> dict[str, float]:

@@ -202,7 +202,7 @@ def _curves(
 
 def term_name(term: str) -> str:
     """'invariance' of 'invariance_loss'; the field's words for the package's own."""
-    names = {"var_loss": "variance", "cov_loss": "covariance"}
+    names = {"var_loss": "variance", "cov_loss": "covariance", "pred_loss": "prediction"}
     return names.get(term, term.removesuffix("_loss").replace("_", " ") or term)
 
 

@@ -17,6 +17,7 @@ from jepa_jax.progress import duration
 from jepa_jax.report import image_plots, plots
 from jepa_jax.report.gather import Run, number, part
 from jepa_jax.report.pictures import NUM_NEIGHBOURS, Pictures
+from jepa_jax.train_step import PRED_LOSS
 from jepa_jax.watch import loss_balance
 
 FLOORS = {"untrained": "untrained", "pixels": "raw pixels", "chance": "chance"}
@@ -434,16 +435,17 @@ def _equation(run: Run) -> str:
 
 def _balance(run: Run) -> str:
     """What is odd about the weights, against VICReg's paper; '' if nothing is."""
-    if run.config.get("loss.type") != "vicreg":
+    if run.config.get("loss.type") != "vicreg" or run.config.get("model.mask") == "blocks":
         return ""
-    weights = list(run.weights().values())
+    weights = run.weights()
     num_dims = number(run.evaluation.get("embedding_dim"))
     if not math.isfinite(num_dims):
         num_dims = number(run.config.get("model.proj_output_dim"))
     if not weights or not num_dims > 1:
         return ""
-    names = ("sim_coeff", "std_coeff", "cov_coeff")
-    _, warning = loss_balance(int(num_dims), **dict(zip(names, weights, strict=True)))
+    pull = weights.pop(PRED_LOSS, 0.0)
+    sim, std, cov = weights.values()
+    _, warning = loss_balance(int(num_dims), sim_coeff=sim + pull, std_coeff=std, cov_coeff=cov)
     return f"{warning[:1].upper()}{warning[1:]}." if warning else ""
 
 
