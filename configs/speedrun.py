@@ -12,7 +12,7 @@ from published runs, halved for four views, not findings of this repository. One
 
 from ml_collections import ConfigDict
 
-from configs import rapid
+from jepa_jax.configs import rapid
 
 EPOCHS = {"55": 1.5, "80": 22.5, "90": 300.0, "92": 1000.0}
 # Short lengths train as cpu.py does, on a quarter of the pixels (0 is whole images) and on four

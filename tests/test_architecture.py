@@ -17,7 +17,7 @@ PACKAGE = pathlib.Path(jepa_jax.__file__).parent
 FLOORS = (
     {"errors"},
     {"augment", "health", "losses", "optim", "probes"}
-    | {"device", "last_words", "lock", "paths", "progress", "signals"},
+    | {"configs", "device", "last_words", "lock", "paths", "progress", "signals"},
     {
         "checkpoint",
         "command",
