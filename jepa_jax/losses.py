@@ -137,4 +137,4 @@ def vicreg_loss(
         + std_coeff * terms["var_loss"]
         + cov_coeff * terms["cov_loss"]
     )
-    return loss, terms
+    return jnp.asarray(loss), terms

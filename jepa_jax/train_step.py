@@ -7,7 +7,7 @@ run draws what the uninterrupted one would have drawn, and a new stream moves no
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -76,7 +76,9 @@ TrainStep = Callable[[TrainState, jax.Array, jax.Array, HParams], tuple[TrainSta
 AugmentFn = Callable[..., tuple[jax.Array, jax.Array]]
 
 
-def stream_key(seed: jax.typing.ArrayLike, stream: str, index: jax.typing.ArrayLike = 0):
+def stream_key(
+    seed: jax.typing.ArrayLike, stream: str, index: jax.typing.ArrayLike = 0
+) -> jax.Array:
     """The key of draw `index` (a step or an epoch) of the stream called `stream`."""
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stream.encode()))
     return jax.random.fold_in(key, index)
@@ -104,7 +106,7 @@ def learning_rate(hparams: HParams, step: jax.typing.ArrayLike) -> jax.Array:
         "start": hparams.warmup_start_lr,
         "end": hparams.min_lr,
     }
-    epoch_steps = hparams.late_epoch_steps
+    epoch_steps = jnp.asarray(hparams.late_epoch_steps)
     late = late_epoch_warmup_cosine(step, epoch_steps=jnp.maximum(epoch_steps, 1.0), **numbers)
     return jnp.where(epoch_steps > 0, late, warmup_cosine(step, **numbers))
 
@@ -155,7 +157,7 @@ def create_train_state(
     )
 
 
-def probe_logits(probe_params: dict[str, jax.Array], h: jax.Array) -> jax.Array:
+def probe_logits(probe_params: Mapping[str, jax.Array], h: jax.Array) -> jax.Array:
     """Logits [N, K] of representations [N, F]."""
     return h @ probe_params["kernel"] + probe_params["bias"][None, :]
 
@@ -189,7 +191,7 @@ def update_probe(
     return Probe(params, opt_state), {"probe_loss": loss, "probe_acc": acc}
 
 
-def _check_rows(views: list[jax.Array], h: jax.Array, num_images: int) -> None:
+def _check_rows(views: Sequence[jax.Array], h: jax.Array, num_images: int) -> None:
     if len(views[0]) % num_images:
         raise ValueError(f"augment_fn made {len(views[0])} views of {num_images} images")
     if len(h) != len(views[0]):
@@ -215,7 +217,7 @@ def fault_places(params: Any) -> list[str]:
     return [views, *gradients, *parameters, "no gradient is finite"]
 
 
-def _fault(views: list[jax.Array], grad_squares: list[jax.Array], params: Any) -> jax.Array:
+def _fault(views: Sequence[jax.Array], grad_squares: list[jax.Array], params: Any) -> jax.Array:
     """0, or the number of the first place that is not finite, see `fault_places`."""
 
     def is_bad(array):
@@ -351,7 +353,7 @@ def make_train_step(
     def train_step(state, images, labels, hparams):
         with jax.named_scope("augment"):
             views_key = stream_key(hparams.seed, "views", state.step)
-            views = augment_fn(views_key, images, **hparams.augment)
+            views: Sequence[jax.Array] = augment_fn(views_key, images, **hparams.augment)
             views = [normalize(view, mean, std) for view in views]
         loss_key = stream_key(hparams.seed, "loss", state.step)
         (loss, terms), h, batch_stats, grads = grads_of(
