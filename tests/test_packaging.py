@@ -1,4 +1,4 @@
-"""What is released works where nothing of the repository is: built, installed, run from elsewhere."""
+"""What is released, built, installed and run where nothing of the repository is."""
 
 import ast
 import json
@@ -20,7 +20,9 @@ from jepa_jax import configs
 from jepa_jax.data.cifar10 import write_cifar10
 
 ROOT = pathlib.Path(__file__).parents[1]
-LEFT_OUT = shutil.ignore_patterns(".git", "__pycache__", "*.egg-info", "build", "dist", "runs", ".*")
+LEFT_OUT = shutil.ignore_patterns(
+    ".git", "__pycache__", "*.egg-info", "build", "dist", "runs", ".*"
+)
 
 
 def run(*command, cwd, **environment):
