@@ -157,7 +157,11 @@ def _explain(error: Exception, argv: Sequence[str], path: pathlib.Path) -> str:
             return f"config.{match[1]} is not a known key{nearest(match[1], known_keys())}"
     text = " ".join(str(error).split())
     if "Traceback" in text:  # of get_config, which ml_collections puts into its own error
-        return f"config file {path} cannot be run: {str(error).strip().splitlines()[-1]}"
-    if isinstance(error, flags.Error):
+        text = str(error).strip().splitlines()[-1]
+    elif isinstance(error, flags.Error):
         return text
-    return f"config file {path} cannot be run: {type(error).__name__}: {text}"
+    else:
+        text = f"{type(error).__name__}: {text}"
+    if re.search(r"(named|from) 'configs'", text):
+        text += " (those of the package: from jepa_jax.configs import rapid)"
+    return f"config file {path} cannot be run: {text}"

@@ -17,6 +17,7 @@ from tiny import FLAGS
 
 import jepa_jax
 from jepa_jax import configs
+from jepa_jax.config_flags import given_config
 from jepa_jax.data.cifar10 import write_cifar10
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -124,9 +125,13 @@ def test_the_installed_command_trains_from_an_unrelated_folder(installed, tmp_pa
     assert "differ from configs/rapid.py" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_bad_input_of_the_installed_command_is_one_line_and_help_has_its_flags(installed):
+def test_bad_input_of_the_installed_command_is_one_line_and_help_has_its_flags(installed, tmp_path):
     code, _, error = installed("jepa-jax", "--config=rapd")
     assert (code, error) == (2, "error: config file rapd does not exist (did you mean rapid.py?)\n")
+    (tmp_path / "mine.py").write_text("from configs import rapid\nget_config = rapid.get_config\n")
+    code, _, error = installed("jepa-jax", "--config=mine", cwd=tmp_path)
+    assert code == 2 and len(error.splitlines()) == 1
+    assert error.endswith("(those of the package: from jepa_jax.configs import rapid)\n")
     code, out, _ = installed("jepa-jax", "--help")
     assert code == 1 and "--workdir" in out and "--config" in out
 
@@ -187,6 +192,14 @@ def test_a_file_of_ones_own_goes_first(tmp_path, monkeypatch):
     assert configs.find("configs/cpu.py") == configs.find("configs/cpu") == own[1]
     assert configs.find("cpu") == configs.FOLDER / "cpu.py"
     assert not configs.is_shipped(own[1]) and configs.is_shipped(configs.find("full"))
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own
+@pytest.mark.parametrize("flags", [["--config=cpu:5m"], ["--config", "configs/cpu.py:5m"]])
+def test_a_name_keeps_its_argument(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = given_config([*flags, "--config.optim.lr=0.5"])
+    assert (given.name, given.config.optim.epochs, given.config.optim.lr) == ("cpu-5m", 4.7, 0.5)
 
 
 @pytest.mark.parametrize("name", ["", ".", "nonesuch", "../configs/cpu.py", "elsewhere/cpu.py"])

@@ -5,12 +5,15 @@ That mypy accepts the package, a user's program and nothing wrong is checked by 
 
 import ast
 import inspect
+import pathlib
+import tomllib
 
 import pytest
 
 import jepa_jax
 from docs import make_api
 
+ROOT = pathlib.Path(__file__).parents[1]
 NAMES = [name for name in jepa_jax.__all__ if name != "__version__"]
 
 
@@ -30,6 +33,15 @@ def test_the_stub_has_the_names_that_the_package_looks_up():
     }
     assert homes == {name: f"jepa_jax.{home}" for name, home in jepa_jax._HOME_OF.items()}
     assert sorted(homes) == sorted(NAMES)
+
+
+def test_mypy_looks_at_every_module_that_defines_a_public_name():
+    checked = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["files"]
+    for name in NAMES:
+        thing = getattr(jepa_jax, name)
+        path = pathlib.Path(inspect.getsourcefile(getattr(thing, "func", thing)))
+        path = path.relative_to(ROOT).as_posix()
+        assert path in checked or path.rpartition("/")[0] in checked, f"{path} has {name}"
 
 
 def functions_of(thing):
