@@ -261,8 +261,8 @@ FAULTS = [
     Fault(
         "mean and standard deviation swapped",
         "models.py",
-        "return (to_float(images) - mean) / std",
-        "return (to_float(images) - std) / mean",
+        "return (to_float(images) - means) / stds",
+        "return (to_float(images) - stds) / means",
         "test_models.py::test_normalisation_of_uint8_and_of_floats",
     ),
     Fault(
