@@ -10,7 +10,7 @@ schedule; docs/recipe.md has what each reached, over which floors, and why the v
 
 from ml_collections import ConfigDict
 
-from configs import rapid
+from jepa_jax.configs import rapid
 
 EPOCHS = {"90s": 1.4, "5m": 4.7, "12m": 11.4}
 

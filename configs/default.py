@@ -8,7 +8,7 @@ projector 2048-1024, batch 256, 300 epochs).
 
 from ml_collections import ConfigDict
 
-from configs import rapid
+from jepa_jax.configs import rapid
 
 
 def get_config() -> ConfigDict:

@@ -12,7 +12,7 @@ and no speed has been measured at these sizes, only that every part computes wha
 
 from ml_collections import ConfigDict
 
-from configs import rapid
+from jepa_jax.configs import rapid
 
 SIZES = ("96", "160", "224")
 

@@ -7,7 +7,7 @@ The guide promises more than 80 % by an online linear probe, after about three h
 
 from ml_collections import ConfigDict
 
-from configs import rapid
+from jepa_jax.configs import rapid
 
 
 def get_config() -> ConfigDict:

@@ -12,7 +12,7 @@ In both VICReg's variance and covariance keep the embeddings from collapsing.
 
 from ml_collections import ConfigDict
 
-from configs import cpu
+from jepa_jax.configs import cpu
 
 
 def get_config(what: str = "views") -> ConfigDict:

@@ -9,7 +9,7 @@ for crops.
 
 from ml_collections import ConfigDict
 
-from configs import cpu
+from jepa_jax.configs import cpu
 
 
 def get_config() -> ConfigDict:

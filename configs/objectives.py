@@ -10,7 +10,7 @@ by published values, not tuned here.
 
 from ml_collections import ConfigDict
 
-from configs import cpu
+from jepa_jax.configs import cpu
 
 # Keys of cpu.py to change, by objective.
 OBJECTIVES = {

@@ -14,7 +14,7 @@ The fourth defect, an online probe inside the encoder's optimiser, is in none of
 
 from ml_collections import ConfigDict
 
-from configs import rapid
+from jepa_jax.configs import rapid
 
 
 def get_config() -> ConfigDict:

@@ -13,7 +13,7 @@ runs, halved for four views. One command runs all:
 
 from ml_collections import ConfigDict
 
-from configs import rapid
+from jepa_jax.configs import rapid
 
 EPOCHS = {"55": 1.5, "80": 22.5, "90": 300.0, "92": 1000.0}
 # Short lengths train as cpu.py does, on a quarter of the pixels (0 is whole images) and on four

@@ -14,7 +14,7 @@ import re
 
 from ml_collections import ConfigDict
 
-from configs import rapid
+from jepa_jax.configs import rapid
 
 
 def get_config(size: str = "s4") -> ConfigDict:

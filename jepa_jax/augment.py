@@ -5,9 +5,9 @@ made by `jax.vmap`. A core is deterministic; a `random_*` function only samples 
 with the key first. `two_views` is the whole recipe, from uint8 batches.
 """
 
-import functools
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -209,7 +209,7 @@ def random_crop_box(
     return top, left, box_height, box_width
 
 
-def _between(uniform, low: jax.typing.ArrayLike, high: jax.typing.ArrayLike) -> jax.Array:
+def _between(uniform: jax.Array, low: Any, high: Any) -> Any:
     return low + (high - low) * uniform
 
 
@@ -277,7 +277,7 @@ def random_jitter_parameters(
         "brightness": factor(uniform[1], brightness),
         "contrast": factor(uniform[2], contrast),
         "saturation": factor(uniform[3], saturation),
-        "hue": _between(uniform[4], -hue, hue),
+        "hue": _between(uniform[4], jnp.negative(hue), hue),
     }
 
 
@@ -363,7 +363,7 @@ def resize_images(images: jax.Array, size: int) -> jax.Array:
 
 
 def two_views(
-    key: jax.Array, images: jax.Array, *, size: int | None = None, **view_options
+    key: jax.Array, images: jax.Array, *, size: int | None = None, **view_options: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Two independent augmented views of every image.
 
@@ -382,13 +382,13 @@ def two_views(
     if images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"images must be [B, H, W, 3], got {images.shape}")
     images = to_float(images)
-    view = jax.vmap(functools.partial(random_view, size=size, **view_options))
+    view = jax.vmap(lambda key, image: random_view(key, image, size=size, **view_options))
     keys = jax.random.split(key, (2, images.shape[0]))
     return view(keys[0], images), view(keys[1], images)
 
 
 def pairs_of_views(
-    key: jax.Array, images: jax.Array, *, num_pairs: int = 1, **options
+    key: jax.Array, images: jax.Array, *, num_pairs: int = 1, **options: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Several pairs of views of every image, one below the other.
 
@@ -446,10 +446,8 @@ def multi_crop_views(
     """
     shared = {"size": size, "scale": scale, "blur_kernel": blur_kernel}
     x1, x2 = pairs_of_views(key, images, num_pairs=num_pairs, **shared, **options)
-    local = functools.partial(
-        random_view, size=local_size, scale=local_scale, blur_kernel=local_blur_kernel, **options
-    )
-    crops_of_image = jax.vmap(local, in_axes=(0, None))
+    own = {"size": local_size, "scale": local_scale, "blur_kernel": local_blur_kernel, **options}
+    crops_of_image = jax.vmap(lambda key, image: random_view(key, image, **own), in_axes=(0, None))
     keys = jax.random.split(jax.random.fold_in(key, _LOCAL), (num_local_crops, len(images)))
     crops = jax.vmap(crops_of_image)(keys.T, to_float(images))
     return x1, x2, crops.reshape(-1, *crops.shape[2:])

@@ -15,14 +15,15 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from jepa_jax import configs
 from jepa_jax.command import fail
 from jepa_jax.config import compute_dtype, known_keys, nearest
 from jepa_jax.progress import say
 
-_CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
-_DEFAULT_CONFIG = _CONFIGS / "cpu.py"
+_DEFAULT_CONFIG = configs.FOLDER / "cpu.py"
 _HELP = (
-    f"The config file, by default {_DEFAULT_CONFIG.name}; any key is a flag: --config.optim.lr=0.3"
+    "The config, by default cpu: a file, or the name of one that comes with the package; any key "
+    "is a flag: --config.optim.lr=0.3"
 )
 
 
@@ -83,7 +84,7 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues) -> list[str]:
     if not _config_argument(argv):
         # ml_collections wants the file before the overrides.
         argv = [argv[0], f"--config={_DEFAULT_CONFIG}", *argv[1:]]
-    path = pathlib.Path(_config_argument(argv).split(":")[0])
+    argv, path = _with_found_file(argv)
     try:
         config_flags.DEFINE_config_file(
             "config", None, _HELP, flag_values=flag_values, sys_argv=list(argv)
@@ -92,15 +93,12 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues) -> list[str]:
         fail(_explain(error, argv, path))
     # Without it --help would not show the flag among the command's own.
     flag_values.register_key_flag_for_module(sys.argv[0], flag_values["config"])
-    try:
-        is_there = path.is_file()
-    except OSError as error:  # such as a name that is too long
-        fail(f"config file {str(path)[:100]!r} cannot be read: {error.strerror}")
-    if not is_there:
-        near = nearest(path.name, [file.name for file in _CONFIGS.glob("*.py")])
+    if not path.is_file():
+        near = nearest(path.name, [file.name for file in configs.FOLDER.glob("*.py")])
         fail(f"config file {path} {'is not a file' if path.exists() else 'does not exist'}{near}")
-    # A config may build on its neighbours as `from configs import rapid`, wherever we are called.
-    sys.path.append(str(path.absolute().parent.parent))
+    if not configs.is_shipped(path):
+        # It may build on its neighbours as `from configs import base`, wherever we are called.
+        sys.path.append(str(path.absolute().parent.parent))
     try:
         rest = flag_values(list(argv))
         config = flag_values.config
@@ -137,6 +135,21 @@ def _config_argument(argv: Sequence[str]) -> str:
     return ""
 
 
+def _with_found_file(argv: Sequence[str]) -> tuple[list[str], pathlib.Path]:
+    """The arguments with the file that --config means in place of its name, and that file."""
+    name, colon, argument = _config_argument(argv).partition(":")
+    try:
+        path = configs.find(name)
+    except OSError as error:  # such as a name that is too long
+        fail(f"config file {name[:100]!r} cannot be read: {error.strerror}")
+    if str(path) == name:
+        return list(argv), path
+    given, found = f"{name}{colon}{argument}", f"{path}{colon}{argument}"
+    new = {given: found, f"--config={given}": f"--config={found}"}
+    new[f"-config={given}"] = new[f"--config={given}"]
+    return [argv[0], *(new.get(text, text) for text in argv[1:])], path
+
+
 def _explain(error: Exception, argv: Sequence[str], path: pathlib.Path) -> str:
     overrides = [re.match(r"--?config\.([\w.]+)", argument) for argument in argv]
     for match in filter(None, overrides):
@@ -144,7 +157,11 @@ def _explain(error: Exception, argv: Sequence[str], path: pathlib.Path) -> str:
             return f"config.{match[1]} is not a known key{nearest(match[1], known_keys())}"
     text = " ".join(str(error).split())
     if "Traceback" in text:  # of get_config, which ml_collections puts into its own error
-        return f"config file {path} cannot be run: {str(error).strip().splitlines()[-1]}"
-    if isinstance(error, flags.Error):
+        text = str(error).strip().splitlines()[-1]
+    elif isinstance(error, flags.Error):
         return text
-    return f"config file {path} cannot be run: {type(error).__name__}: {text}"
+    else:
+        text = f"{type(error).__name__}: {text}"
+    if re.search(r"(named|from) 'configs'", text):
+        text += " (those of the package: from jepa_jax.configs import rapid)"
+    return f"config file {path} cannot be run: {text}"

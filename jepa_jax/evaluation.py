@@ -77,7 +77,7 @@ def evaluate_representation(
     dataset: Dataset,
     *,
     num_val: int = 5000,
-    embed: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]] | None = None,
+    embed: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array | None]] | None = None,
     untrained: Any | None = None,
     heads: Mapping[str, dict[str, jax.Array]] | None = None,
     augment_fn: AugmentFn = two_views,
@@ -289,7 +289,9 @@ class _Battery:
     scores: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     chance: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def run(self, name: str, apply: Apply, variables: Any, heads: Mapping[str, Any]) -> dict:
+    def run(
+        self, name: str, apply: Apply, variables: Any, heads: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """Probes one encoder; of the one that is judged, what stands beside the table."""
         num_classes, is_judged = self.dataset.num_classes, name == "encoder"
         self.on_progress(f"extracting features, {name}")
@@ -320,7 +322,7 @@ class _Battery:
 
     def _augmented(self, apply: Apply, variables: Any, features: dict[str, _Features]) -> "_Probed":
         labels = np.full(len(self.dataset.train_images), -1, np.int32)
-        labels[self.train] = self.dataset.train_labels[self.train]
+        labels[self.train] = np.asarray(self.dataset.train_labels)[self.train]
         fit = augmented_probe(
             jax.random.key(self.seed),
             apply,

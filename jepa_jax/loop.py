@@ -323,7 +323,7 @@ def train(
     state: TrainState,
     untrained: dict[str, Any],
     progress: dict[str, Any],
-    checkpoints: checkpoint.Checkpoints,
+    checkpoints: checkpoint.Checkpoints | checkpoint.NoCheckpoints,
     session: Stopwatch,
     phases: Phases,
     profile: bool,

@@ -10,6 +10,7 @@ z2 are then views of image n (see `pairs_of_views`). With P = 1 each is the loss
 """
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -154,13 +155,13 @@ def vicreg_loss(
         + std_coeff * terms["var_loss"]
         + cov_coeff * terms["cov_loss"]
     )
-    return loss, terms
+    return jnp.asarray(loss), terms
 
 
 # --- SIGReg -------------------------------------------------------------------------------------
 
 
-def random_directions(key: jax.Array, num_dims: int, num_directions: int, dtype) -> jax.Array:
+def random_directions(key: jax.Array, num_dims: int, num_directions: int, dtype: Any) -> jax.Array:
     """Unit vectors, uniform on the sphere, the columns of [D, M]: a function of the key alone."""
     directions = jax.random.normal(key, (num_dims, num_directions), dtype)
     return directions / jnp.linalg.norm(directions, axis=0, keepdims=True)
@@ -230,7 +231,7 @@ def sigreg_loss(
         "sigreg_loss": _sketched(key, views, num_directions, limit=3.0, num_points=10),
     }
     loss = sim_coeff * terms["invariance_loss"] + sigreg_coeff * terms["sigreg_loss"]
-    return loss, terms
+    return jnp.asarray(loss), terms
 
 
 def lejepa_loss(
@@ -272,10 +273,10 @@ def lejepa_loss(
         "sigreg_loss": views.shape[1] * statistic,
     }
     loss = sim_coeff * terms["prediction_loss"] + sigreg_coeff * terms["sigreg_loss"]
-    return loss, terms
+    return jnp.asarray(loss), terms
 
 
-def _sketched(key, views: jax.Array, num_directions: int, **knots) -> jax.Array:
+def _sketched(key: jax.Array, views: jax.Array, num_directions: int, **knots: Any) -> jax.Array:
     """`epps_pulley` of views [V, N, D] on random directions, its mean over both; a scalar."""
     directions = random_directions(key, views.shape[-1], num_directions, views.dtype)
     with jax.default_matmul_precision("highest"):

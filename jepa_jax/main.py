@@ -40,6 +40,9 @@ _INIT_FROM = flags.DEFINE_string("init_from", "", "Another run's folder, to star
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
+    # As `jepa-jax` the flags are not of the module that runs: --help would show none of them.
+    for flag in flags.FLAGS.flags_by_module_dict().get(__name__, []):
+        flags.FLAGS.register_key_flag_for_module(argv[0], flag)
     return config_flags.parse(argv, flags.FLAGS)
 
 
@@ -120,7 +123,12 @@ def _write_report(workdir: pathlib.Path) -> None:
         say(f"{'note':<10}no report was written ({type(error).__name__}: {reason})")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command `jepa-jax`, and `python -m jepa_jax.main`."""
     with_huge_pages()
     with ends_at_once():
         app.run(_main, flags_parser=_parse)
+
+
+if __name__ == "__main__":
+    main()

@@ -44,10 +44,16 @@ class BatchNorm(nn.BatchNorm):
     """
 
     @nn.compact
-    def __call__(self, x: jax.Array, **kwargs: Any) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
         is_updating = self.has_variable("batch_stats", "var") and not self.use_running_average
-        old = self.get_variable("batch_stats", "var") if is_updating else None
-        x = super().__call__(x, **kwargs)
+        old: Any = self.get_variable("batch_stats", "var") if is_updating else None
+        x = super().__call__(x, use_running_average, mask=mask)
         if is_updating:
             kept = self.momentum * old
             added = self.get_variable("batch_stats", "var") - kept
@@ -130,7 +136,7 @@ class BottleneckBlock(nn.Module):
 _BLOCKS = {"basic": BasicBlock, "bottleneck": BottleneckBlock}
 
 
-def _block_of(name: str) -> type[nn.Module]:
+def _block_of(name: str) -> Any:
     if name not in _BLOCKS:
         raise ValueError(f"block must be one of {', '.join(_BLOCKS)}, got {name!r}")
     return _BLOCKS[name]
@@ -308,7 +314,7 @@ def with_projector(encoder: EncoderFns, projector: Projector | None) -> ModelFns
 
     def init(key, images):
         keys = jax.random.split(key)
-        parts = {"encoder": encoder.init(keys[0], images)}
+        parts: dict[str, Any] = {"encoder": encoder.init(keys[0], images)}
         if projector is not None:
             h, _ = encoder.apply(parts["encoder"], images, False)
             parts["projector"] = projector.init(keys[1], h, False)
@@ -353,9 +359,9 @@ def linen_model(module: nn.Module) -> ModelFns:
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
     """(images - mean) / std per channel, for uint8 images or floats in [0, 1]; float32."""
     shape = (1,) * (images.ndim - 1) + (-1,)
-    mean = jnp.asarray(mean, jnp.float32).reshape(shape)
-    std = jnp.asarray(std, jnp.float32).reshape(shape)
-    return (to_float(images) - mean) / std
+    means = jnp.asarray(mean, jnp.float32).reshape(shape)
+    stds = jnp.asarray(std, jnp.float32).reshape(shape)
+    return (to_float(images) - means) / stds
 
 
 class Encoder(NamedTuple):

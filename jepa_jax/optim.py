@@ -5,13 +5,18 @@ jitted step, and changing the number does not recompile.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 OPTIMIZERS = ("lars", "sgd", "adamw", "muon")
+
+
+def _number(value: jax.typing.ArrayLike) -> Any:
+    """The value as it is; to a type checker an ArrayLike may be a boolean, which has no minus."""
+    return value
 
 
 def warmup_cosine(
@@ -33,10 +38,10 @@ def warmup_cosine(
     step = jnp.asarray(step, jnp.float32)
     warmup_steps = jnp.asarray(warmup_steps, jnp.float32)
     num_steps = jnp.asarray(num_steps, jnp.float32)
-    rise = start + (peak - start) * step / jnp.maximum(warmup_steps, 1.0)
+    rise = start + (_number(peak) - start) * step / jnp.maximum(warmup_steps, 1.0)
     progress = (step - warmup_steps) / jnp.maximum(num_steps - warmup_steps, 1.0)
     progress = jnp.where(step < num_steps, jnp.maximum(progress, 0.0), 1.0)
-    fall = end + (peak - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+    fall = end + (_number(peak) - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
     return jnp.where(step < warmup_steps, rise, fall)
 
 
@@ -68,9 +73,9 @@ def late_epoch_warmup_cosine(
     epoch = jnp.floor(jnp.asarray(step, jnp.float32) / epoch_steps)
     warmup, epochs = warmup_steps / epoch_steps, num_steps / epoch_steps
     late = jnp.maximum(epoch - 1.0, 0.0)
-    rise = start + (peak - start) * late / jnp.maximum(warmup - 1.0, 1.0)
+    rise = start + (_number(peak) - start) * late / jnp.maximum(warmup - 1.0, 1.0)
     progress = (late - warmup) / jnp.maximum(epochs - warmup, 1.0)
-    fall = end + (peak - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+    fall = end + (_number(peak) - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
     return jnp.where(epoch < 1, peak, jnp.where(late < warmup, rise, fall))
 
 
@@ -82,7 +87,7 @@ def matrices_only(params: optax.Params) -> optax.Params:
 class LarsState(NamedTuple):
     """State of `lars`: the number of updates done, and the momentum (a tree like params)."""
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # over tuple.count
     momentum: optax.Updates
 
 
@@ -119,15 +124,17 @@ def lars(
       an optax.GradientTransformation; its update needs `params`.
     """
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> LarsState:
         return LarsState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params))
 
-    def update_fn(updates, state, params=None):
+    def update_fn(
+        updates: optax.Updates, state: LarsState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, LarsState]:
         if params is None:
             raise ValueError("lars needs the parameters: call update(updates, state, params)")
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
 
-        def scale(g, p):
+        def scale(g: jax.Array, p: jax.Array) -> jax.Array:
             if p.ndim <= 1:
                 return g
             p_norm, g_norm = jnp.linalg.norm(p.ravel()), jnp.linalg.norm(g.ravel())
@@ -152,7 +159,7 @@ def _muon_dimension_numbers(params: optax.Params) -> optax.Params:
     configs/cpu.py, and at equal steps it learnt as much without (one seed, docs/recipe.md).
     """
 
-    def numbers(path, p):
+    def numbers(path: tuple[Any, ...], p: jax.Array) -> Any:
         is_projector = path and getattr(path[0], "key", None) == "projector"
         if p.ndim <= 1 or is_projector:
             return None

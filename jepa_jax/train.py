@@ -318,7 +318,7 @@ def _run(config, workdir, dataset, loss_fn, encoder, augment_fn, init_from, prof
     return state
 
 
-def _claimed(plan: Plan, checkpoints: checkpoint.Checkpoints) -> bool:
+def _claimed(plan: Plan, checkpoints: checkpoint.Checkpoints | checkpoint.NoCheckpoints) -> bool:
     """Whether the run goes on, once its folder says what it is."""
     is_resumed = checkpoints.latest_step() is not None
     claim_workdir(plan, is_resumed)

@@ -7,7 +7,7 @@ run draws what the uninterrupted one would have drawn, and a new stream moves no
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -100,7 +100,9 @@ TrainStep = Callable[[TrainState, jax.Array, jax.Array, HParams], tuple[TrainSta
 AugmentFn = Callable[..., tuple[jax.Array, ...]]
 
 
-def stream_key(seed: jax.typing.ArrayLike, stream: str, index: jax.typing.ArrayLike = 0):
+def stream_key(
+    seed: jax.typing.ArrayLike, stream: str, index: jax.typing.ArrayLike = 0
+) -> jax.Array:
     """The key of draw `index` (a step or an epoch) of the stream called `stream`."""
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stream.encode()))
     return jax.random.fold_in(key, index)
@@ -115,7 +117,7 @@ def learning_rate(hparams: HParams, step: jax.typing.ArrayLike) -> jax.Array:
         "start": hparams.warmup_start_lr,
         "end": hparams.min_lr,
     }
-    epoch_steps = hparams.late_epoch_steps
+    epoch_steps = jnp.asarray(hparams.late_epoch_steps)
     late = late_epoch_warmup_cosine(step, epoch_steps=jnp.maximum(epoch_steps, 1.0), **numbers)
     return jnp.where(epoch_steps > 0, late, warmup_cosine(step, **numbers))
 
@@ -126,7 +128,7 @@ def target_momentum(hparams: HParams, step: jax.typing.ArrayLike) -> jax.Array:
     From `target_ema` by a half cosine to 1 at `num_steps`. (I-JEPA's goes there in a line.)
     """
     share = jnp.asarray(step, jnp.float32) / hparams.num_steps
-    return 1 - (1 - hparams.target_ema) * (jnp.cos(jnp.pi * share) + 1) / 2
+    return jnp.asarray(1 - (1 - hparams.target_ema) * (jnp.cos(jnp.pi * share) + 1) / 2)
 
 
 def fresh_target(state: TrainState) -> TrainState:
@@ -135,18 +137,18 @@ def fresh_target(state: TrainState) -> TrainState:
         return state
     online = without_predictor({"params": state.params, "batch_stats": state.batch_stats})
     # Arrays of its own: a state that holds one twice cannot be donated.
-    return state.replace(target=jax.tree.map(jnp.copy, online))
+    return dataclasses.replace(state, target=jax.tree.map(jnp.copy, online))
 
 
 def _moved_on(state: TrainState, new: dict[str, Any], hparams: HParams) -> TrainState:
     """The state of the next step; a target network moves to m * target + (1 - m) * online."""
-    moved = state.replace(step=state.step + 1, **new)
+    moved = dataclasses.replace(state, step=state.step + 1, **new)
     if not isinstance(state, TargetState):
         return moved
     momentum = target_momentum(hparams, state.step)
     online = without_predictor({"params": moved.params, "batch_stats": moved.batch_stats})
     target = jax.tree.map(lambda t, p: momentum * t + (1 - momentum) * p, state.target, online)
-    return moved.replace(target=target)
+    return dataclasses.replace(moved, target=target)
 
 
 def _optimizer(name: str, hparams: HParams, step: jax.typing.ArrayLike):
@@ -201,7 +203,7 @@ def create_train_state(
     return fresh_target(TargetState(**vars(state), target={})) if has_target else state
 
 
-def probe_logits(probe_params: dict[str, jax.Array], h: jax.Array) -> jax.Array:
+def probe_logits(probe_params: Mapping[str, jax.Array], h: jax.Array) -> jax.Array:
     """Logits [N, K] of representations [N, F]."""
     return h @ probe_params["kernel"] + probe_params["bias"][None, :]
 
@@ -235,7 +237,7 @@ def update_probe(
     return Probe(params, opt_state), {"probe_loss": loss, "probe_acc": acc}
 
 
-def _check_rows(views: list[jax.Array], h: jax.Array, num_images: int) -> None:
+def _check_rows(views: Sequence[jax.Array], h: jax.Array, num_images: int) -> None:
     for view in views:
         if len(view) % num_images:
             raise ValueError(f"augment_fn made {len(view)} views of {num_images} images")
@@ -263,7 +265,7 @@ def fault_places(params: Any) -> list[str]:
     return [views, *gradients, *parameters, "no gradient is finite"]
 
 
-def _fault(views: list[jax.Array], grad_squares: list[jax.Array], params: Any) -> jax.Array:
+def _fault(views: Sequence[jax.Array], grad_squares: list[jax.Array], params: Any) -> jax.Array:
     """0, or the number of the first place that is not finite, see `fault_places`."""
 
     def is_bad(array):
@@ -403,14 +405,14 @@ def _scored(loss_fn: LossFn, loss_key: jax.Array, hparams: HParams, model: Model
 
 def _predicted(model: ModelFns, state: TrainState, hparams: HParams):
     """(variables, views, embeddings) -> (loss, terms) of the predictor; None without one."""
-    if model.predict is None:
+    if (predictor := model.predict) is None:
         return None
     key = stream_key(hparams.seed, "predictor", state.step)
     target = jax.lax.stop_gradient(getattr(state, "target", None))
 
     def predict(variables, views, embeddings):
         with jax.named_scope("predictor"):
-            term = model.predict(key, variables, target, views, embeddings)
+            term = predictor(key, variables, target, views, embeddings)
         return hparams.pred_coeff * term, {PRED_LOSS: term}
 
     return predict
@@ -456,7 +458,7 @@ def make_train_step(
     def train_step(state, images, labels, hparams):
         with jax.named_scope("augment"):
             views_key = stream_key(hparams.seed, "views", state.step)
-            views = augment_fn(views_key, images, **hparams.augment)
+            views: Sequence[jax.Array] = augment_fn(views_key, images, **hparams.augment)
             views = [normalize(view, mean, std) for view in views]
         loss_key = stream_key(hparams.seed, "loss", state.step)
         (loss, terms), h, batch_stats, grads = grads_of(

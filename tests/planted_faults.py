@@ -219,8 +219,8 @@ FAULTS = [
     Fault(
         "warm-up off by one step",
         "optim.py",
-        "(peak - start) * step / ",
-        "(peak - start) * (step + 1.0) / ",
+        "(_number(peak) - start) * step / ",
+        "(_number(peak) - start) * (step + 1.0) / ",
         "test_optim.py::test_warmup_cosine_equals_its_closed_form_with_traced_arguments",
     ),
     Fault(
@@ -331,8 +331,8 @@ FAULTS = [
     Fault(
         "mean and standard deviation swapped",
         "models.py",
-        "return (to_float(images) - mean) / std",
-        "return (to_float(images) - std) / mean",
+        "return (to_float(images) - means) / stds",
+        "return (to_float(images) - stds) / means",
         "test_models.py::test_normalisation_of_uint8_and_of_floats",
     ),
     Fault(
@@ -832,6 +832,27 @@ FAULTS = [
         " is jnp.bfloat16 and not asked:",
         " is jnp.bfloat16:",
         "test_device.py::test_bfloat16_is_not_computed_in_on_a_cpu_unless_a_flag_asks",
+    ),
+    Fault(
+        "a config of the package goes before one's own of that name",
+        "configs.py",
+        "else [path, shipped]",
+        "else [shipped, path]",
+        "test_packaging.py::test_a_file_of_ones_own_goes_first",
+    ),
+    Fault(
+        "a path out of one's folder finds a config of the package",
+        "configs.py",
+        '[path] if ".." in path.parts else [path, shipped]',
+        "[path, shipped]",
+        "test_packaging.py::test_what_is_no_files_name_comes_back",
+    ),
+    Fault(
+        "a config found by its name loses what follows the colon",
+        "config_flags.py",
+        'f"{path}{colon}{argument}"',
+        'f"{path}"',
+        "test_packaging.py::test_a_name_keeps_its_argument",
     ),
     Fault(
         "a bottleneck that strides on its first 1x1 convolution",

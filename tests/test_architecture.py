@@ -17,7 +17,7 @@ PACKAGE = pathlib.Path(jepa_jax.__file__).parent
 FLOORS = (
     {"errors"},
     {"augment", "health", "losses", "masks", "optim", "pairing", "probes"}
-    | {"device", "dotted", "last_words", "lock", "paths", "progress", "signals"},
+    | {"configs", "device", "dotted", "last_words", "lock", "paths", "progress", "signals"},
     {
         "checkpoint",
         "command",

@@ -297,7 +297,7 @@ def test_the_rungs_are_the_lengths_of_the_config():
 
 def test_a_rung_counts_while_its_config_is_the_same(quiet, tmp_path, monkeypatch):
     make, _ = quiet
-    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    monkeypatch.setattr(suite.configs, "FOLDER", tmp_path / "configs")
     path = tmp_path / "configs" / "speedrun.py"
     path.parent.mkdir()
     source = pathlib.Path(speedrun.__file__).read_text()

@@ -27,30 +27,105 @@ def workdir(tiny_config, small_cifar, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
-def test_every_snippet_runs(snippet, workdir, cifar_arrays, tiny_config, monkeypatch):
-    """With `images` for the reader's own; in a folder with runs/cpu, its export, a checkpoint."""
-    assert len([line for line in snippet.splitlines() if line.strip()]) <= 10
+@pytest.fixture
+def ran(workdir, cifar_arrays, tiny_config, monkeypatch):
+    """Runs a snippet with the reader's own names, beside runs/cpu, its export and a checkpoint."""
     monkeypatch.chdir(workdir.parent.parent)
-    names = {
-        "images": cifar_arrays["train_images"][:128],
-        "labels": cifar_arrays["train_labels"][:128],
-        "config": tiny_config,
-        "apply": lambda params, x: jnp.mean(x, axis=(1, 2)) @ params,
-    }
-    # A reader's code runs under JAX's defaults.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        exec(compile(snippet, "README.md", "exec"), names)
-        if "train_step" in names:
-            params, key = jnp.eye(3), jax.random.key(0)
-            opt_state = names["optimizer"].init(params)
-            new, _, loss, terms = jax.jit(names["train_step"])(
-                params, opt_state, key, names["images"]
-            )
-            assert float(loss) > 0 and set(terms) == {"invariance_loss", "var_loss", "cov_loss"}
-            assert not jnp.array_equal(new, params)
+
+    def run(snippet, **others):
+        names = {
+            "images": cifar_arrays["train_images"][:128],
+            "labels": cifar_arrays["train_labels"][:128],
+            "config": tiny_config,
+            "batches": cifar_arrays["train_images"][:192].reshape(3, 64, 32, 32, 3),
+            **others,
+        }
+        # A reader's code runs under JAX's defaults.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            exec(compile(snippet, "README.md", "exec"), names)
+        return names
+
+    return run
+
+
+def the_snippet(*words):
+    (found,) = [snippet for snippet in SNIPPETS if all(word in snippet for word in words)]
+    return found
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_every_snippet_runs(snippet, ran):
+    assert len([line for line in snippet.splitlines() if line.strip()]) <= 20
+    names = ran(snippet)
     if "h" in names:
         assert names["h"].shape == (128, 8)
+    if "loss" in names:
+        assert jnp.isfinite(names["loss"]) and names["loss"] > 0
+
+
+def squares(tree):
+    return sum(float(jnp.sum(jnp.square(leaf))) for leaf in jax.tree.leaves(tree))
+
+
+def kernels(tree):
+    """Of a bias that is added to all embeddings alike the loss sees nothing."""
+    return [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim > 1]
+
+
+def test_the_linen_loop_trains_every_kernel_by_its_schedule(ran):
+    snippet = the_snippet("flax.linen", "vicreg_loss", "lars")
+    names, start = ran(snippet), kernels(ran(snippet, batches=[])["variables"])
+    pairs = list(zip(start, kernels(names["variables"]), strict=True))
+    assert len(pairs) == 2 and not any(jnp.array_equal(old, new) for old, new in pairs)
+    assert int(names["opt_state"].count) == 3
+    # The warm-up begins at a rate of 0.
+    once = ran(snippet, batches=[names["batches"][0]])
+    assert all(map(jnp.array_equal, start, kernels(once["variables"])))
+
+
+def test_the_nnx_loop_trains_every_kernel(ran):
+    from flax import nnx
+
+    snippet = the_snippet("nnx", "vicreg_loss", "lars")
+    names, start = ran(snippet), ran(snippet, batches=[])
+    pairs = [kernels(nnx.state(found["model"], nnx.Param)) for found in (start, names)]
+    pairs = list(zip(*pairs, strict=True))
+    assert len(pairs) == 2 and not any(jnp.array_equal(old, new) for old, new in pairs)
+    assert int(names["optimizer"].step[...]) == 3
+
+
+def test_the_grain_pipeline_is_one_epoch_whose_views_follow_from_its_seed(ran):
+    snippet = the_snippet("grain", "two_views")
+    names = ran(snippet)
+    assert names["x1"].shape == names["x2"].shape == (32, 32, 32, 3)
+    assert float(names["x1"].min()) >= 0 and float(names["x1"].max()) <= 1
+    views = [x1 for x1, _ in names["loader"].random_map(names["views"])]
+    assert len(views) == 4
+    assert jnp.array_equal(views[-1], names["x1"])
+    assert not jnp.array_equal(names["x1"], names["x2"])
+    other = ran(snippet.replace(".seed(0)", ".seed(1)"))
+    assert not jnp.array_equal(other["x1"], names["x1"])
+
+
+def test_in_the_equinox_model_the_encoder_is_frozen_and_the_head_learns(ran):
+    names = ran(the_snippet("equinox", "load_encoder"))
+    _, before = jepa_jax.load_encoder("runs/cpu")
+    after = names["model"].variables
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, before, after))
+    assert squares(names["grads"].head) > 0 and squares(names["grads"].variables) == 0
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        loss, _ = names["loss_and_grad"](names["model"], names["images"], names["labels"])
+    assert loss < names["loss"]
+
+
+def test_the_words_on_fine_tuning_in_equinox_are_true(ran):
+    """With the gradient of `batch_stats` alone stopped, the parameters learn and nothing else."""
+    snippet = the_snippet("equinox", "load_encoder").replace(
+        "jax.lax.stop_gradient(self.variables)",
+        '{**self.variables, "batch_stats": jax.lax.stop_gradient(self.variables["batch_stats"])}',
+    )
+    grads = ran(snippet)["grads"].variables
+    assert squares(grads["params"]["encoder"]) > 0 and squares(grads["batch_stats"]) == 0
 
 
 def test_the_loss_of_ones_own_trains_by_its_path(tiny_config, small_cifar, tmp_path, monkeypatch):
@@ -66,12 +141,6 @@ def test_the_loss_of_ones_own_trains_by_its_path(tiny_config, small_cifar, tmp_p
     total = row["train/pull"] * config.loss.sim_coeff
     total += row["train/spread"] * config.loss.std_coeff
     assert row["train/loss"] == pytest.approx(total, rel=1e-5)
-
-
-def test_there_are_snippets_for_the_encoder_and_for_a_hand_written_step():
-    assert any("load_encoder" in snippet for snippet in SNIPPETS)
-    assert any("evaluate_representation" in snippet for snippet in SNIPPETS)
-    assert any("vicreg_loss" in snippet and "lars" in snippet for snippet in SNIPPETS)
 
 
 def test_commands_name_files_that_exist():

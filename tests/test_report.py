@@ -571,7 +571,7 @@ def test_a_run_without_labels_and_without_test_images(small_cifar, changed, quic
     assert "80 validation images" in page.text and "✓" not in page.text
 
 
-def test_imported_weights_and_a_checkout_without_configs(changed, monkeypatch, quick):
+def test_imported_weights_and_no_rapid_to_compare_with(changed, monkeypatch, quick):
     monkeypatch.setattr(gather, "_RAPID", gather._RAPID.with_name("absent.py"))
 
     def change(folder):
@@ -586,7 +586,7 @@ def test_imported_weights_and_a_checkout_without_configs(changed, monkeypatch, q
     page = changed(change)
     assert set(page.figures) == {"pairs", "neighbours", "map"}
     assert "these are imported weights" in page.text and "resnet.pth" in page.text
-    assert "the difference to configs/rapid.py, which lies in a checkout only" in page.text
+    assert "the difference to configs/rapid.py, which is not there" in page.text
     assert "--dataset=cifar10" in page.text
 
 

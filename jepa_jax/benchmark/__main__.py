@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+from jepa_jax import configs
 from jepa_jax.command import Parser, ends_at_once, errors_as_lines, with_huge_pages
 from jepa_jax.config_flags import GivenConfig, fit_to_device, given_config
 from jepa_jax.errors import ConfigError
@@ -258,9 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; `argv` is without the program's name, by default this process's."""
     arguments, rest = _parse(argv)
     if arguments.kind == "suite" and not any(flag.startswith("--config=") for flag in rest):
-        from jepa_jax.benchmark.processes import ROOT
-
-        rest = [f"--config={ROOT / 'configs' / 'rapid.py'}", *rest]
+        rest = [f"--config={configs.FOLDER / 'rapid.py'}", *rest]
     is_timed = arguments.kind == "time-to-accuracy"
     given = _each_config(rest) if is_timed else given_config(rest)
     interrupted = _GOES_ON if is_timed or arguments.kind == "suite" else _INTERRUPTED

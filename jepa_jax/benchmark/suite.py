@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Collection
 from typing import Any
 
+from jepa_jax import configs
 from jepa_jax.benchmark import measure, peer, shares, startup, sweep, whole_run
 from jepa_jax.benchmark.processes import ROOT, MeasurementError, run_json
 from jepa_jax.benchmark.step import NUM_IMAGES
@@ -217,7 +218,7 @@ class Suite:
 
     def _rung(self, length: str) -> _Piece:
         """A length of configs/speedrun.py in full, without the flags of the suite's own config."""
-        name, path = f"ladder-{length}", ROOT / "configs" / "speedrun.py"
+        name, path = f"ladder-{length}", configs.FOLDER / "speedrun.py"
         if not path.is_file():
             return _Piece(name, _LEAST_STRETCH, dict, "no configs/speedrun.py here")
         given = given_config([f"--config={path}:{length}"])

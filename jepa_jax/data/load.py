@@ -70,7 +70,7 @@ def load_dataset(
 
 def _in_memory(dataset: Dataset) -> Dataset:
     """The dataset with its images decoded."""
-    images = {"train": dataset.train_images, "test": dataset.test_images}
+    images: dict[str, Any] = {"train": dataset.train_images, "test": dataset.test_images}
     decoded = {
         split: _read_all(split, records, with_images=True)[f"{split}_images"]
         for split, records in images.items()
@@ -269,7 +269,7 @@ def _read_all(split: str, records: Records, with_images: bool) -> dict[str, np.n
     return {f"{split}_{kind}": array for kind, array in found.items() if array is not None}
 
 
-def _fingerprint(folder: pathlib.Path) -> list[list]:
+def _fingerprint(folder: pathlib.Path) -> list[list[Any]]:
     """What ties a cache to its records: name, size and time of every file."""
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     stats = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]
@@ -305,7 +305,7 @@ def _write_cache(folder: pathlib.Path, arrays: dict[str, np.ndarray], request: s
     cache = folder / _CACHE / request
     index = {
         "fingerprint": _fingerprint(folder),
-        "crc32": {name: zlib.crc32(array) for name, array in arrays.items()},
+        "crc32": {name: zlib.crc32(array.data) for name, array in arrays.items()},
     }
     with contextlib.suppress(OSError):
         cache.mkdir(parents=True, exist_ok=True)

@@ -242,10 +242,10 @@ def _find_tensors(path: pathlib.Path, content: Any) -> _Tensors:
                 return _sort_out(source, wrapper, state, own, content)
     places = [content, *(content.get(name) for name in _CONTAINERS)]
     innermost = [place for place in places if type(place) is dict][-1]
-    names = [shown(str(name), 60) for name in innermost]
+    found = [shown(str(name), 60) for name in innermost]
     raise CheckpointError(
         f"{path} holds no ResNet with the names of eb_jepa, solo-learn or torchvision, but "
-        f"{_first_five(names) or 'nothing'}"
+        f"{_first_five(found) or 'nothing'}"
     )
 
 

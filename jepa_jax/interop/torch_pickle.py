@@ -78,7 +78,7 @@ def read_pickle(program: bytes, read_storage: ReadStorage) -> Any:
         if count == _MOST_INSTRUCTIONS:
             raise ValueError(f"a pickle of more than {_MOST_INSTRUCTIONS:,} instructions")
         machine.step(instruction.name, argument)
-        end = position + 1
+        end = (position or 0) + 1  # None only of a stream that cannot tell
     # The last instruction, STOP, is one byte.
     if end != len(program):
         raise ValueError(f"{len(program) - end} bytes after the end of its pickle")

@@ -38,7 +38,9 @@ def few_shot_draws(
 
 
 @functools.partial(jax.jit, static_argnames=("num_classes", "shots"))
-def _draw(key, labels, number, *, num_classes: int, shots: int) -> jax.Array:
+def _draw(
+    key: jax.Array, labels: jax.Array, number: jax.Array, *, num_classes: int, shots: int
+) -> jax.Array:
     shuffled = jax.random.permutation(jax.random.fold_in(key, number), len(labels))
     by_class = shuffled[jnp.argsort(labels[shuffled], stable=True)]
     first = jnp.searchsorted(labels[by_class], jnp.arange(num_classes, dtype=labels.dtype))

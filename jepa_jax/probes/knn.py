@@ -18,20 +18,27 @@ def _normalised(features: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="size")
-def _in_chunks(queries, *, size: int) -> jax.Array:
+def _in_chunks(queries: jax.Array, *, size: int) -> jax.Array:
     """Normalised queries [Q, F] as [C, size, F], zeros after the last."""
     queries = jnp.pad(_normalised(queries), ((0, -len(queries) % size), (0, 0)))
     return queries.reshape(-1, size, queries.shape[1])
 
 
 @jax.jit
-def _merge(similarities, classes, queries, references, labels, num_seen):
+def _merge(
+    similarities: jax.Array,
+    classes: jax.Array,
+    queries: jax.Array,
+    references: jax.Array,
+    labels: jax.Array,
+    num_seen: jax.typing.ArrayLike,
+) -> tuple[jax.Array, jax.Array]:
     """The nearest [C, q, k] so far and those among [n] more references, of which some were seen."""
     k = classes.shape[-1]
     references = _normalised(references)
     labels = jnp.where(jnp.arange(len(labels)) < num_seen, -1, labels.astype(jnp.int32))
 
-    def of_chunk(chunk):
+    def of_chunk(chunk: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         similarities, classes, queries = chunk
         found = jnp.where((labels >= 0)[None], queries @ references.T, -jnp.inf)
         found, places = jax.lax.top_k(found, min(k, len(labels)))
@@ -46,7 +53,12 @@ def _merge(similarities, classes, queries, references, labels, num_seen):
 
 
 @functools.partial(jax.jit, static_argnames="num_classes")
-def _votes(similarities, classes, temperature, num_classes: int) -> tuple[jax.Array, jax.Array]:
+def _votes(
+    similarities: jax.Array,
+    classes: jax.Array,
+    temperature: jax.typing.ArrayLike,
+    num_classes: int,
+) -> tuple[jax.Array, jax.Array]:
     """Votes [Q, K] of neighbours [Q, k]; a similarity of -inf is that of none."""
     counts = jnp.isfinite(similarities)
     nearest = jnp.where(counts[:, :1], similarities[:, :1], 0.0)

@@ -61,7 +61,7 @@ def minimise_cross_entropy(
         jax.lax.rsqrt(variance * fit.eigenvalues + penalty)[:, None], jnp.float32(variance**-0.5)
     )
 
-    def loss(params):
+    def loss(params: Classifier) -> jax.Array:
         kernel, bias = jax.tree.map(jnp.multiply, params, unit)
         logits = (fit.eigenvectors @ kernel).T @ fit.columns + bias[:, None]
         # By how much each other class leads. The log-sum-exp of all less the label's logit is the
@@ -75,7 +75,7 @@ def minimise_cross_entropy(
     optimizer = optax.lbfgs(linesearch=line_search)
     value_and_grad = optax.value_and_grad_from_state(loss)
 
-    def descend(descent):
+    def descend(descent: _Descent) -> _Descent:
         params, state, step = descent
         value, grad = value_and_grad(params, state=state)
         updates, state = optimizer.update(
@@ -83,7 +83,7 @@ def minimise_cross_entropy(
         )
         return _Descent(optax.apply_updates(params, updates), state, step + 1)
 
-    def goes_on(descent):
+    def goes_on(descent: _Descent) -> jax.Array:
         gradient_norm = optax.tree.norm(optax.tree.get(descent.state, "grad"))
         # A search in vain has come to the end of what float32 can tell apart.
         tries = optax.tree.get(descent.state, "info").num_linesearch_steps
@@ -131,7 +131,7 @@ def logistic_probe(
     """
     fit = standardise(*train)
 
-    def score(split):
+    def score(split: tuple[jax.Array, jax.Array]) -> float:
         return float(accuracy(standardised_logits(fit, *classifier, split[0]), split[1]))
 
     classifier = class_prior(fit, train[1], num_classes)

@@ -15,7 +15,7 @@ RIDGE_LAMBDAS = tuple(10.0**exponent for exponent in range(-5, 2))
 
 
 @functools.partial(jax.jit, static_argnames="num_classes")
-def _targets(fit: Standardised, labels, num_classes: int) -> tuple[jax.Array, jax.Array]:
+def _targets(fit: Standardised, labels: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
     """(X^T Y / N in the eigenbasis [R, K], the bias [K]): what every lambda shares."""
     targets = jax.nn.one_hot(labels, num_classes, axis=0, dtype=jnp.float32)
     bias = jnp.sum(targets, axis=1) / fit.count
@@ -26,7 +26,7 @@ def _targets(fit: Standardised, labels, num_classes: int) -> tuple[jax.Array, ja
 
 
 @jax.jit
-def _shrunk(fit: Standardised, rotated, ridge_lambda) -> jax.Array:
+def _shrunk(fit: Standardised, rotated: jax.Array, ridge_lambda: jax.Array) -> jax.Array:
     with jax.default_matmul_precision("highest"):
         return fit.eigenvectors @ (rotated / (fit.eigenvalues + ridge_lambda)[:, None])
 
@@ -61,7 +61,7 @@ def ridge_probe(
     fit = standardise(*train)
     rotated, bias = _targets(fit, train[1], num_classes)
 
-    def score(split, ridge_lambda):
+    def score(split: tuple[jax.Array, jax.Array], ridge_lambda: float) -> float:
         kernel = _shrunk(fit, rotated, jnp.float32(ridge_lambda))
         return float(accuracy(standardised_logits(fit, kernel, bias, split[0]), split[1]))
 

@@ -21,7 +21,7 @@ class Standardised(NamedTuple):
     mean: jax.Array
     scale: jax.Array
     columns: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # over tuple.count
     eigenvalues: jax.Array
     eigenvectors: jax.Array
 

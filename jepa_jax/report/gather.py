@@ -9,7 +9,7 @@ import runpy
 from collections.abc import Sequence
 from typing import Any
 
-import jepa_jax
+from jepa_jax import configs
 from jepa_jax.config import flatten
 from jepa_jax.errors import CheckpointError
 from jepa_jax.metrics import Row, read_json, read_metrics
@@ -18,8 +18,7 @@ from jepa_jax.paths import home_expanded
 from jepa_jax.train_step import PRED_LOSS, RESERVED_METRICS
 
 KNOWN_TERMS = ("invariance_loss", "var_loss", "cov_loss")
-# Beside the package in a checkout, and absent where only the package was installed.
-_RAPID = pathlib.Path(jepa_jax.__file__).parent.parent / "configs" / "rapid.py"
+_RAPID = configs.FOLDER / "rapid.py"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -665,7 +665,7 @@ def config_section(run: Run) -> Section:
     if not items:
         items = [Note("Not here: config.json.", is_missing=True)]
     elif run.rapid is None:
-        text = "Not here: the difference to configs/rapid.py, which lies in a checkout only."
+        text = "Not here: the difference to configs/rapid.py, which is not there."
         items.append(Note(text, is_missing=True))
     else:
         text = f"{differing} of {len(run.config)} keys differ from configs/rapid.py: marked"

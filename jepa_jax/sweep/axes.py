@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from jepa_jax import configs
 from jepa_jax.config import known_keys, nearest
 from jepa_jax.errors import ConfigError
 from jepa_jax.paths import home_expanded
@@ -206,7 +207,7 @@ def axes_of_file(path: str | pathlib.Path, parse: Parse) -> Axes:
     Raises:
       ConfigError: for a file that cannot be run, or that says something else.
     """
-    path = home_expanded(path)
+    path = configs.find(str(home_expanded(path)), folder="configs/sweeps")
     if not path.is_file():
         near = ""
         if path.parent.is_dir():
