@@ -46,23 +46,51 @@ class Configuration:
 
 
 BASELINE = "vicreg"
+_CPU, _VIT = "--config=configs/cpu.py", "--config=configs/transformers.py:cpu"
 CONFIGURATIONS = {
-    BASELINE: Configuration("VICReg", "--config=configs/cpu.py"),
+    BASELINE: Configuration("VICReg", _CPU),
+    "sigreg": Configuration("SIGReg", "--config=configs/objectives.py:sigreg"),
+    "lejepa": Configuration("LeJEPA", "--config=configs/objectives.py:lejepa"),
+    "barlow": Configuration("Barlow Twins", "--config=configs/objectives.py:barlow"),
+    "simclr": Configuration("SimCLR", "--config=configs/objectives.py:simclr"),
+    "jepa": Configuration("JEPA: the other view's embedding", "--config=configs/jepa.py"),
+    "blocks": Configuration(
+        "JEPA: masked blocks, a transformer", "--config=configs/jepa.py:blocks"
+    ),
     "four_views": Configuration(
-        "VICReg, four views of half as many images",
-        "--config=configs/cpu.py --config.data.num_views=4 --config.data.batch_size=48",
+        "four views of half as many images",
+        f"{_CPU} --config.data.num_views=4 --config.data.batch_size=48",
+    ),
+    "multicrop": Configuration(
+        "two views and three local crops, pairs", "--config=configs/multicrop.py"
+    ),
+    "multicrop_mean": Configuration(
+        "the same against the mean",
+        "--config=configs/multicrop.py --config.loss.pairing=mean",
     ),
     "resnet34": Configuration(
-        "ResNet-34 at a quarter of its width",
-        "--config=configs/cpu.py --config.model.stage_sizes=(3,4,6,3) --config.model.width=16",
+        "ResNet-34, a quarter of its width",
+        f"{_CPU} --config.model.stage_sizes=(3,4,6,3) --config.model.width=16",
     ),
     "resnet50": Configuration(
-        "ResNet-50 at a quarter of its width",
-        "--config=configs/cpu.py --config.model.stage_sizes=(3,4,6,3) --config.model.width=16 "
+        "ResNet-50, a quarter of its width",
+        f"{_CPU} --config.model.stage_sizes=(3,4,6,3) --config.model.width=16 "
         "--config.model.block=bottleneck",
     ),
-    "wide": Configuration(
-        "cpu.py's network at twice its width", "--config=configs/cpu.py --config.model.width=64"
+    "wide": Configuration("cpu.py's network, twice its width", f"{_CPU} --config.model.width=64"),
+    "vit_ti4": Configuration("ViT-Ti, 4 blocks, patches of 4", _VIT),
+    "vit_s8": Configuration(
+        "ViT-S, patches of 8",
+        f"{_VIT} --config.model.type=vit_s --config.model.patch_size=8 --config.model.depth=0 "
+        "--config.data.view_size=0",
+    ),
+    "vit_s4": Configuration(
+        "ViT-S, patches of 4", f"{_VIT} --config.model.type=vit_s --config.model.depth=0"
+    ),
+    "vit_b8": Configuration(
+        "ViT-B, patches of 8",
+        f"{_VIT} --config.model.type=vit_b --config.model.patch_size=8 --config.model.depth=0 "
+        "--config.data.view_size=0",
     ),
 }
 

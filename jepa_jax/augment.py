@@ -420,7 +420,7 @@ def multi_crop_views(
     size: int | None = None,
     scale: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike] = (0.2, 1.0),
     blur_kernel: int = 0,
-    **options,
+    **options: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The views of `pairs_of_views`, to the bit, and beside them small crops of small parts.
 

@@ -142,13 +142,13 @@ def fresh_target(state: TrainState) -> TrainState:
 
 def _moved_on(state: TrainState, new: dict[str, Any], hparams: HParams) -> TrainState:
     """The state of the next step; a target network moves to m * target + (1 - m) * online."""
-    moved = dataclasses.replace(state, step=state.step + 1, **new)
-    if not isinstance(state, TargetState):
-        return moved
-    momentum = target_momentum(hparams, state.step)
-    online = without_predictor({"params": moved.params, "batch_stats": moved.batch_stats})
-    target = jax.tree.map(lambda t, p: momentum * t + (1 - momentum) * p, state.target, online)
-    return dataclasses.replace(moved, target=target)
+    if isinstance(state, TargetState):
+        momentum = target_momentum(hparams, state.step)
+        online = without_predictor({kind: new[kind] for kind in ("params", "batch_stats")})
+        new["target"] = jax.tree.map(
+            lambda t, p: momentum * t + (1 - momentum) * p, state.target, online
+        )
+    return dataclasses.replace(state, step=state.step + 1, **new)
 
 
 def _optimizer(name: str, hparams: HParams, step: jax.typing.ArrayLike):

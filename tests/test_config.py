@@ -594,6 +594,8 @@ def test_hparams_are_the_configs_numbers_in_steps():
         "sigreg_coeff": 10.0,
         "redundancy_coeff": 0.005,
         "temperature": 0.5,
+        "pred_coeff": 1.0,
+        "target_ema": 0.0,
         "probe_lr": 1e-3,
         "late_epoch_steps": 0,
     }

@@ -24,7 +24,10 @@ SMALL = {
     "model.expand_dim": 0,
     "model.proj_hidden_dim": 16,
     "model.proj_output_dim": 16,
-    "model.stem_stride": 2,
+    "model.depth": 1,
+    "model.pred_hidden_dim": 8,
+    "model.pred_dim": 32,
+    "model.pred_depth": 1,
     "optim.warmup_epochs": 0.0,
 }
 
