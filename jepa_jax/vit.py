@@ -5,6 +5,7 @@ the compute dtype is narrower, else of the compute dtype.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 # Width, blocks and heads (arXiv 2010.11929, table 1; Ti and S as in DeiT, arXiv 2012.12877).
-VIT_SIZES = {
+VIT_SIZES: dict[str, dict[str, Any]] = {
     "vit_ti": {"dim": 192, "depth": 12, "num_heads": 3},
     "vit_s": {"dim": 384, "depth": 12, "num_heads": 6},
     "vit_b": {"dim": 768, "depth": 12, "num_heads": 12},
@@ -35,7 +36,7 @@ def sincos_positions(height: int, width: int, dim: int) -> jax.Array:
     quarter = dim // 4
     frequencies = 10000.0 ** (-jnp.arange(quarter, dtype=jnp.float32) / quarter)
 
-    def waves(size):
+    def waves(size: int) -> jax.Array:
         angles = jnp.arange(size, dtype=jnp.float32)[:, None] * frequencies[None, :]
         return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
 
@@ -45,13 +46,13 @@ def sincos_positions(height: int, width: int, dim: int) -> jax.Array:
     return jnp.concatenate([columns, rows], axis=2)
 
 
-def _separate_xavier(key, shape, dtype=jnp.float32):
+def _separate_xavier(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
     """Glorot's uniform for the queries', keys' and values' matrices each (arXiv 2104.02057)."""
     bound = (6.0 / (shape[0] + shape[1] // 3)) ** 0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def _patch_xavier(key, shape, dtype=jnp.float32):
+def _patch_xavier(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
     """Glorot's uniform, a patch being one vector of shape[0] * shape[1] * shape[2] numbers."""
     bound = (6.0 / (shape[0] * shape[1] * shape[2] + shape[3])) ** 0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -172,6 +173,7 @@ class ViT(nn.Module):
         """[height, width, dim] for the grid at hand."""
         if self.pos_embed == "sincos":
             return sincos_positions(height, width, self.dim)
+        positions: jax.Array
         if self.has_variable("params", "pos_embed"):
             positions = self.get_variable("params", "pos_embed")
         else:
