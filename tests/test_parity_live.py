@@ -12,6 +12,7 @@ import pytest
 from jepa_jax import export_encoder, import_torch
 from jepa_jax.api import save_import
 from jepa_jax.models import CIFAR10_MEAN, CIFAR10_STD
+from jepa_jax.vit import ViT
 
 pytest.importorskip("torch", reason="needs the extra parity")
 
@@ -91,6 +92,70 @@ def test_torchvisions_resnet50_comes_and_goes(tmp_path):
     with torch.no_grad():
         found = again.eval()(planar).numpy()
     np.testing.assert_allclose(found, h, atol=1e-4 * np.abs(found).max())
+
+
+def transformer_params(tensors, depth):
+    """Of torchvision's VisionTransformer, under the names of `ViT`."""
+
+    def dense(name, where=""):
+        weight, bias = tensors[f"{name}{where}weight"], tensors[f"{name}{where}bias"]
+        return {"kernel": weight.T, "bias": bias}
+
+    def norm(name):
+        return {"scale": tensors[f"{name}.weight"], "bias": tensors[f"{name}.bias"]}
+
+    positions = tensors["encoder.pos_embedding"][0]
+    side = int(np.sqrt(len(positions) - 1))
+    params = {
+        "patch_embed": {
+            "kernel": tensors["conv_proj.weight"].transpose(2, 3, 1, 0),
+            "bias": tensors["conv_proj.bias"],
+        },
+        "class_token": tensors["class_token"][0, 0],
+        "class_pos": positions[0],
+        "pos_embed": positions[1:].reshape(side, side, -1),
+        "norm": norm("encoder.ln"),
+    }
+    for i in range(depth):
+        start = f"encoder.layers.encoder_layer_{i}"
+        params[f"block{i}"] = {
+            "attention_norm": norm(f"{start}.ln_1"),
+            "qkv": dense(f"{start}.self_attention", ".in_proj_"),
+            "attention_out": dense(f"{start}.self_attention.out_proj", "."),
+            "mlp_norm": norm(f"{start}.ln_2"),
+            "mlp_in": dense(f"{start}.mlp.0", "."),
+            "mlp_out": dense(f"{start}.mlp.3", "."),
+        }
+    return params
+
+
+@pytest.mark.parametrize(
+    ("side", "patch", "dim", "depth", "heads"),
+    [(32, 4, 192, 12, 3), (32, 8, 384, 12, 6), (224, 16, 768, 12, 12)],
+    ids=["ti at 4", "s at 8", "vit_b_16"],
+)
+def test_torchvisions_vision_transformer(side, patch, dim, depth, heads):
+    """Its output at the class token, of the same weights and images, to 1e-4 of the largest."""
+    import torch
+
+    torch.manual_seed(0)
+    network = make_reference.torchvision.models.VisionTransformer(
+        side, patch, depth, heads, dim, 4 * dim
+    ).eval()
+    network.heads = torch.nn.Identity()
+    with torch.no_grad():
+        for parameter in network.parameters():  # many of which begin at 0 or 1
+            parameter += 0.02 * torch.randn_like(parameter)
+    tensors = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+    module = ViT(patch, dim, depth, heads)
+    params = transformer_params(tensors, depth)
+    images = np.random.default_rng(0).normal(size=(2, side, side, 3)).astype(np.float32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, shapes)
+    h = jax.jit(module.apply)({"params": params}, images)
+    with torch.no_grad():
+        expected = network(torch.tensor(images).permute(0, 3, 1, 2)).numpy()
+    np.testing.assert_allclose(h, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_exported_weights_load_into_torchvisions_resnet18(saved, tmp_path, monkeypatch):
