@@ -42,8 +42,6 @@ from jepa_jax.train_step import AugmentFn, LossFn
 
 _VIEW_SIZE, _NUM_IMAGES = cpu.get_config().data.view_size, 50_000
 _TURNS, _TURN_SECONDS = 5, 2.0
-# SIGReg: directions of a step, points of the characteristic function, weight (arXiv 2511.08544).
-_NUM_DIRECTIONS, _POINTS, _SIGREG_COEFF = 256, np.linspace(-3, 3, 10, dtype=np.float32), 10.0
 Overrides = dict[str, Any]
 
 
@@ -58,26 +56,9 @@ def opposite_flips(key: jax.Array, images: jax.Array) -> tuple[jax.Array, jax.Ar
 
 
 def sigreg(key, z1, z2, hparams):
-    """Invariance, and how far random projections of z are from a normal (arXiv 2511.08544).
-
-    The Epps-Pulley statistic of every direction: the squared difference of the empirical
-    characteristic function and exp(-t^2 / 2), weighted by the latter, integrated over t.
-    """
+    """The reference's SIGReg, whatever the config's coefficients."""
     del hparams
-    directions = jax.random.normal(key, (z1.shape[1], _NUM_DIRECTIONS))
-    directions = directions / jnp.linalg.norm(directions, axis=0, keepdims=True)
-    normal = jnp.exp(-0.5 * jnp.square(_POINTS))
-
-    def statistic(z):
-        angles = (z @ directions)[..., None] * _POINTS[None, None, :]
-        real = jnp.mean(jnp.cos(angles), axis=0) - normal[None, :]
-        imaginary = jnp.mean(jnp.sin(angles), axis=0)
-        squares = (jnp.square(real) + jnp.square(imaginary)) * normal[None, :]
-        return jnp.mean(jnp.trapezoid(squares, dx=float(_POINTS[1] - _POINTS[0]), axis=-1))
-
-    invariance, regulariser = losses.invariance_loss(z1, z2), (statistic(z1) + statistic(z2)) / 2
-    terms = {"invariance_loss": invariance, "sigreg_loss": regulariser}
-    return invariance + _SIGREG_COEFF * regulariser, terms
+    return losses.sigreg_loss(key, z1, z2)
 
 
 # --- levers -----------------------------------------------------------------------------------
