@@ -6,6 +6,7 @@ line that names the key, the value and what would be right.
 
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import pathlib
@@ -595,9 +596,22 @@ def view_options(config: Mapping[str, Any]) -> dict[str, float | tuple[float, fl
     }
 
 
+@functools.cache
+def _neutral() -> dict[str, Any]:
+    """The value of every key that leaves the rapid recipe as it is."""
+    from jepa_jax.configs import rapid
+
+    return flatten(rapid.get_config())
+
+
 def changed_keys(stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """'key: stored -> new' for every key that decides what is learnt and differs."""
+    """'key: stored -> new' for every key that decides what is learnt and differs.
+
+    A key that an older version did not have counts as what configs/rapid.py gives it: new keys come
+    with the value under which nothing changes.
+    """
     old, new = flatten(stored), flatten(config)
+    old = {**{name: value for name, value in _neutral().items() if name in new}, **old}
     lines = []
     for name in sorted({*old, *new}):
         if name.startswith(_FREE_ON_RESUME):

@@ -651,8 +651,19 @@ def test_changed_keys_lists_what_decides_the_result_and_ignores_the_rest():
         "model.stage_sizes: (2, 2, 2, 2) -> (1, 1)",
         "optim.lr: 0.707 -> 0.3",
     ]
-    del stored["loss"]["sim_coeff"]
-    assert "loss.sim_coeff: None -> 1.0" in changed_keys(stored, config)
+
+
+def test_a_key_that_an_older_version_lacked_is_what_leaves_its_recipe_alone():
+    config = rapid.get_config()
+    stored = json.loads(config.to_json())
+    del stored["loss"]["sim_coeff"], stored["model"]["predictor"], stored["model"]["target_ema"]
+    assert changed_keys(stored, config) == []
+    config.loss.sim_coeff, config.model.predictor = 2.0, True
+    assert changed_keys(stored, config) == [
+        "loss.sim_coeff: 1.0 -> 2.0",
+        "model.predictor: False -> True",
+    ]
+    assert changed_keys({}, {"custom": "mine"}) == ["custom: None -> mine"]
 
 
 def test_cpu_is_the_full_method_at_another_size():
