@@ -6,6 +6,7 @@ it beside training from scratch, the frozen probe and chance, and writes finetun
 
 import argparse
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -129,9 +130,9 @@ def _finished(path, settings: dict[str, Any]) -> dict[tuple[float, int], dict[st
         return {}
     with contextlib.suppress(CheckpointError, KeyError, TypeError):
         old = read_json(path)
-        if old["schema_version"] == FINETUNE_SCHEMA_VERSION:
-            if {key: old[key] for key in settings} == settings:
-                return {(trial["labels"], trial["seed"]): trial for trial in old["trials"]}
+        wanted = {"schema_version": FINETUNE_SCHEMA_VERSION, **settings}
+        if {key: old[key] for key in wanted} == wanted:
+            return {(trial["labels"], trial["seed"]): trial for trial in old["trials"]}
     return {}
 
 
@@ -145,9 +146,13 @@ class _Bench:
         self.scored = {"val": (dataset.train_images[val], dataset.train_labels[val])}
         if dataset.test_labels is not None and (dataset.test_labels >= 0).any():
             self.scored["test"] = (dataset.test_images, dataset.test_labels)
-        frozen = judged.encoder.apply
-        self.frozen = {
-            name: (extract_features(frozen, judged.variables, images), jnp.asarray(labels))
+
+    @functools.cached_property
+    def frozen(self) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """(h, labels) of the encoder as it was trained, by scored split."""
+        apply, variables = self.judged.encoder.apply, self.judged.variables
+        return {
+            name: (extract_features(apply, variables, images), jnp.asarray(labels))
             for name, (images, labels) in self.scored.items()
         }
 
