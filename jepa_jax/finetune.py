@@ -37,7 +37,7 @@ LABELS = (0.01, 0.1, 1.0)
 # Of equal ones on validation images the first, the gentler to the encoder, is taken.
 CHOICES = (Rates(0.01, 0.1), Rates(0.1, 0.1))
 BATCH_SIZE = 64
-_EPOCHS, _FEWEST_STEPS, _MOST_STEPS = 20, 100, 1000
+_EPOCHS, _FEWEST_STEPS, _MOST_STEPS = 10, 50, 1000
 COLUMNS = {
     "fine_tuned": "fine-tuned",
     "scratch": "from scratch",
@@ -74,7 +74,7 @@ def finetune_run(
     Args:
       workdir, which, dataset, data_dir, encoder: of `evaluate_run`.
       labels: shares of the training images' labels, in (0, 1].
-      num_steps: of every training; 0 for 20 epochs of the labels, between 100 and 1,000 steps.
+      num_steps: of every training; 0 for 10 epochs of the labels, between 50 and 1,000 steps.
       seed, num_seeds: seeds are seed, seed + 1, ...: of the subset, the order, the views and the
         first weights of the network from scratch.
       on_progress: called with a line before each piece of work.
@@ -218,7 +218,7 @@ class _Bench:
 
 
 def steps_for(num_labels: int) -> int:
-    """Steps of a training with so many labels: 20 epochs, but from 100 to 1,000 steps."""
+    """Steps of a training with so many labels: 10 epochs, but from 50 to 1,000 steps."""
     return min(max(_EPOCHS * num_labels // BATCH_SIZE, _FEWEST_STEPS), _MOST_STEPS)
 
 
@@ -302,7 +302,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--steps",
         type=int,
         default=0,
-        help="of every training; 0: 20 epochs of the labels, from 100 to 1,000 steps",
+        help="of every training; 0: 10 epochs of the labels, from 50 to 1,000 steps",
     )
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="how many seeds")

@@ -679,6 +679,27 @@ FAULTS = [
         "test_sgd_probe.py::test_images_without_a_label_are_never_seen",
     ),
     Fault(
+        "fine-tuning with the head's rate for the encoder",
+        "finetuning.py",
+        "(name, getattr(rates, name), state.params[name], updates[name])",
+        "(name, rates.head, state.params[name], updates[name])",
+        "test_finetuning.py::test_steps_are_those_of_pytorchs_sgd_with_two_rates",
+    ),
+    Fault(
+        "a subset of labels drawn anew for every share",
+        "finetuning.py",
+        "np.random.default_rng(seed).permutation(np.sort(rows))",
+        "np.random.default_rng(int(100 * share) + seed).permutation(np.sort(rows))",
+        "test_finetuning.py::test_subsets_are_balanced_nested_and_of_their_seed",
+    ),
+    Fault(
+        "fine-tuning's rates chosen by the test set",
+        "finetune.py",
+        'score = self._score(tuned, ("val",))["val"]',
+        'score = self._score(tuned, ("test",))["test"]',
+        "test_finetune.py::test_val_chooses_and_test_never_does",
+    ),
+    Fault(
         "the watch looks at the second view",
         "watch.py",
         "self._views_of(index)[0]",
