@@ -1,7 +1,7 @@
 """The command: python -m jepa_jax.finetune --workdir=runs/cpu --labels=0.01,0.1,1
 
-Trains a run's whole encoder under a fresh linear head with a share of the labels. Prints a table of
-it beside training from scratch, the frozen probe and chance, and writes finetune.json.
+Trains a run's whole encoder with a share of the labels, under the head of its own frozen probe.
+Prints a table of it beside training from scratch, the probe and chance, and writes finetune.json.
 """
 
 import argparse
@@ -27,15 +27,21 @@ from jepa_jax.evaluation import has_labels, score_of
 from jepa_jax.finetuning import Rates, balanced_subset, fine_tune
 from jepa_jax.metrics import read_json
 from jepa_jax.models import ModelFns
+from jepa_jax.plan import clean_images
 from jepa_jax.probes import logistic_probe
 from jepa_jax.progress import Stopwatch, duration, say
-from jepa_jax.representation import extract_features, labelled, split_validation
+from jepa_jax.representation import (
+    extract_features,
+    labelled,
+    reestimate_batch_stats,
+    split_validation,
+)
 from jepa_jax.train_step import probe_logits
 
 FINETUNE_SCHEMA_VERSION = 1
 LABELS = (0.01, 0.1, 1.0)
 # Of equal ones on validation images the first, the gentler to the encoder, is taken.
-CHOICES = (Rates(0.01, 0.1), Rates(0.1, 0.1))
+CHOICES = tuple(Rates(encoder, 0.01) for encoder in (0.003, 0.01, 0.03, 0.1))
 BATCH_SIZE = 64
 _EPOCHS, _FEWEST_STEPS, _MOST_STEPS = 10, 50, 1000
 COLUMNS = {
@@ -150,51 +156,66 @@ class _Bench:
     @functools.cached_property
     def frozen(self) -> dict[str, tuple[jax.Array, jax.Array]]:
         """(h, labels) of the encoder as it was trained, by scored split."""
-        apply, variables = self.judged.encoder.apply, self.judged.variables
+        return self._features(self.judged.variables, tuple(self.scored))
+
+    def _features(self, variables, names: Sequence[str]) -> dict[str, tuple[jax.Array, jax.Array]]:
+        apply = self.judged.encoder.apply
         return {
             name: (extract_features(apply, variables, images), jnp.asarray(labels))
             for name, (images, labels) in self.scored.items()
+            if name in names
         }
 
     def trial(self, share: float, seed: int) -> dict[str, Any]:
         """One share of the labels with one seed: every column's scores."""
-        dataset, encoder = self.judged.dataset, self.judged.encoder
+        dataset = self.judged.dataset
         rows = balanced_subset(dataset.train_labels, self.train, share, seed)
         images, labels = dataset.train_images[rows], dataset.train_labels[rows]
         if choose_placement("auto", images.nbytes) == "device":
             images = jax.device_put(images)
         steps = self.num_steps or steps_for(len(rows))
-        h = extract_features(encoder.apply, self.judged.variables, images)
-        train, classes = (h, jnp.asarray(labels)), dataset.num_classes
-        probe = logistic_probe(train, self.frozen["val"], num_classes=classes)
-        starts = {"fine_tuned": self.judged.variables, "scratch": self.judged.untrained(seed)}
+        pretrained, untrained = self.judged.variables, self._untrained(seed)
+        probe = self._probe(pretrained, images, labels, self.frozen)
+        floor = self._probe(untrained, images, labels, self._features(untrained, ("val",)))
         return {
             "labels": share,
             "seed": seed,
             "num_labels": len(rows),
             "num_steps": steps,
-            **{
-                name: self._best(seed, start, images, labels, steps)
-                for name, start in starts.items()
-            },
-            "probe": {**_scores(probe, self.frozen), "lambda": float(probe["lambda"])},
+            "fine_tuned": self._best(seed, pretrained, probe, images, labels, steps, False),
+            "scratch": self._best(seed, untrained, floor, images, labels, steps, True),
+            "probe": {**_scores(probe, self.frozen), "lambda": probe["lambda"]},
             "chance": self._chance(labels),
         }
 
-    def _best(self, seed, start, images, labels, num_steps: int) -> dict[str, Any]:
+    def _untrained(self, seed: int) -> dict[str, Any]:
+        """The network before its first step, its statistics those of clean images."""
+        images = clean_images(self.judged.dataset.train_images)
+        return reestimate_batch_stats(self.judged.encoder, self.judged.untrained(seed), images)
+
+    def _probe(self, variables, images, labels: np.ndarray, scored) -> dict[str, Any]:
+        """Logistic regression on the frozen features of the images to be fine-tuned with."""
+        train = (
+            extract_features(self.judged.encoder.apply, variables, images),
+            jnp.asarray(labels),
+        )
+        return logistic_probe(train, scored["val"], num_classes=self.judged.dataset.num_classes)
+
+    def _best(self, seed, start, probe, images, labels, num_steps, batch_statistics):
         """Scores of the choice of rates that is best on validation images."""
-        encoder, best, best_acc = self.judged.encoder, None, -1.0
+        best, best_acc = None, -1.0
         for rates in CHOICES:
             tuned = fine_tune(
                 jax.random.key(seed),
-                encoder,
+                self.judged.encoder,
                 start,
+                {key: probe[key] for key in ("kernel", "bias")},
                 images,
                 labels,
-                num_classes=self.judged.dataset.num_classes,
                 num_steps=num_steps,
                 batch_size=BATCH_SIZE,
                 rates=rates,
+                batch_statistics=batch_statistics,
             )
             score = self._score(tuned, ("val",))["val"]
             if score["acc"] > best_acc:
@@ -202,13 +223,7 @@ class _Bench:
         return {**self._score(best, tuple(self.scored)), "rates": chosen._asdict()}
 
     def _score(self, tuned, names: Sequence[str]) -> dict[str, Any]:
-        apply = self.judged.encoder.apply
-        features = {
-            name: (extract_features(apply, tuned.variables, images), labels)
-            for name, (images, labels) in self.scored.items()
-            if name in names
-        }
-        return _scores(tuned.params["head"], features)
+        return _scores(tuned.params["head"], self._features(tuned.variables, names))
 
     def _chance(self, labels: np.ndarray) -> dict[str, Any]:
         """Always the commonest class of the labels trained on."""

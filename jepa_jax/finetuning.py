@@ -60,15 +60,13 @@ def balanced_subset(labels: np.ndarray, rows: np.ndarray, share: float, seed: in
     return np.sort(np.concatenate(kept))
 
 
-def initial_tuned(variables: dict[str, Any], feature_dim: int, num_classes: int) -> Tuned:
-    """An encoder under a head of zeros, which has no opinion yet."""
-    kernel = jnp.zeros((feature_dim, num_classes), jnp.float32)
-    head = {"kernel": kernel, "bias": jnp.zeros(num_classes, jnp.float32)}
+def initial_tuned(variables: dict[str, Any], head: dict[str, jax.Array]) -> Tuned:
+    """An encoder under a head, {'kernel' [F, K], 'bias' [K]}, both at rest."""
     params = {"encoder": variables["params"], "head": head}
     return Tuned(params, variables.get("batch_stats", {}), _MOMENTUM.init(params))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="batch_statistics")
 def finetune_step(
     encoder: Encoder,
     state: Tuned,
@@ -76,10 +74,10 @@ def finetune_step(
     images: jax.Array,
     labels: jax.Array,
     rates: Rates,
+    *,
+    batch_statistics: bool,
 ) -> tuple[Tuned, jax.Array]:
     """One step of SGD with Nesterov momentum 0.9 on the mean cross-entropy, without weight decay.
-
-    BatchNorm is in training mode: it normalises by the batch and moves its running statistics.
 
     Args:
       encoder: static; its normalisation is applied.
@@ -87,6 +85,8 @@ def finetune_step(
       images: uint8 [B, H, W, 3].
       labels: int32 [B] in [0, K).
       rates: of this step.
+      batch_statistics: static; whether BatchNorm normalises by the batch and moves its running
+        statistics. If not, it uses those and leaves them, as when features are extracted.
 
     Returns:
       (state, loss before the step).
@@ -95,7 +95,7 @@ def finetune_step(
 
     def loss_fn(params):
         variables = {"params": params["encoder"], "batch_stats": state.batch_stats}
-        (h, _), batch_stats = encoder.model.apply(variables, views, True)
+        (h, _), batch_stats = encoder.model.apply(variables, views, batch_statistics)
         logits = probe_logits(params["head"], h.astype(jnp.float32))
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.mean(losses), batch_stats
@@ -115,15 +115,19 @@ def fine_tune(
     key: jax.Array,
     encoder: Encoder,
     variables: dict[str, Any],
+    head: dict[str, jax.Array],
     images: Any,
     labels: np.ndarray,
     *,
-    num_classes: int,
     num_steps: int,
     batch_size: int,
     rates: Rates,
+    batch_statistics: bool,
 ) -> Tuned:
-    """Trains an encoder and a fresh linear head on labelled images.
+    """Trains an encoder and a linear head on labelled images.
+
+    From the head of a probe of the same encoder it is arXiv 2202.10054's LP-FT: under a head that
+    is not fitted yet, the first gradients distort the features.
 
     Both rates fall by a half cosine to 0. Every image is seen once an epoch as one random crop
     (scale 0.08 to 1, resized to the whole image's size) with a flip; an incomplete last batch of an
@@ -133,14 +137,14 @@ def fine_tune(
       key: of the order and the views.
       encoder: with a BatchNorm or without.
       variables: of the encoder to start from; those of an untrained one are training from scratch.
+      head: {'kernel' [F, K], 'bias' [K]} of raw features to start from.
       images: uint8 [N, H, W, 3], on the device or anything that indexes like an array.
-      labels: int32 [N] in [0, num_classes).
+      labels: int32 [N] in [0, K).
       batch_size: at most N is used.
       rates: at the first step.
+      batch_statistics: of `finetune_step`.
     """
-    sample = jax.ShapeDtypeStruct((1, *images.shape[1:]), jnp.uint8)
-    feature_dim = jax.eval_shape(lambda x: encoder.apply(variables, x), sample).shape[1]
-    state = initial_tuned(variables, feature_dim, num_classes)
+    state = initial_tuned(variables, head)
     order_key, view_key = jax.random.split(key)
     batch_size = min(batch_size, len(labels))
     endless = batches(order_key, np.arange(len(labels)), num_steps, batch_size)
@@ -153,5 +157,6 @@ def fine_tune(
             jax.device_put(images[batch]),
             jax.device_put(labels[batch]),
             Rates(*(np.float32(rate * share) for rate in rates)),
+            batch_statistics=batch_statistics,
         )
     return state

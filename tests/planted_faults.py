@@ -686,6 +686,20 @@ FAULTS = [
         "test_finetuning.py::test_steps_are_those_of_pytorchs_sgd_with_two_rates",
     ),
     Fault(
+        "the probe's bias lost at the start of fine-tuning",
+        "finetuning.py",
+        'params = {"encoder": variables["params"], "head": head}',
+        'params = {"encoder": variables["params"], "head": {**head, "bias": 0 * head["bias"]}}',
+        "test_finetuning.py::test_before_its_first_step_it_is_the_probe",
+    ),
+    Fault(
+        "fine-tuning moves BatchNorm's statistics of a pretrained encoder",
+        "finetune.py",
+        "self._best(seed, pretrained, probe, images, labels, steps, False)",
+        "self._best(seed, pretrained, probe, images, labels, steps, True)",
+        "test_finetune.py::test_both_start_from_probes_and_the_pretrained_one_is_the_frozen_probe",
+    ),
+    Fault(
         "a subset of labels drawn anew for every share",
         "finetuning.py",
         "np.random.default_rng(seed).permutation(np.sort(rows))",

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 
 import numpy as np
+import optax
 import pytest
 
 from jepa_jax import api, evaluate, finetune
@@ -11,10 +12,12 @@ from jepa_jax.data import from_arrays
 from jepa_jax.errors import ConfigError, DataError
 from jepa_jax.evaluation import score_of
 from jepa_jax.finetune import COLUMNS, finetune_run, over_seeds, steps_for
-from jepa_jax.finetuning import Rates
+from jepa_jax.finetuning import Rates, fine_tune
 from jepa_jax.interop import import_torch
 from jepa_jax.metrics import read_json
+from jepa_jax.representation import extract_features
 from jepa_jax.train import train_and_evaluate
+from jepa_jax.train_step import probe_logits
 
 FEW = {"labels": (0.1,), "num_steps": 2}
 
@@ -75,6 +78,30 @@ def test_val_chooses_and_test_never_does(run, small_cifar, monkeypatch):
         assert first[name]["test"] != second[name]["test"]
         best = max(alone, key=lambda trial, name=name: trial[name]["val"]["acc"])
         assert first[name] == best[name]
+
+
+def test_both_start_from_probes_and_the_pretrained_one_is_the_frozen_probe(
+    run, small_cifar, monkeypatch
+):
+    """At rates of 0 fine-tuning changes nothing: not the head, not BatchNorm's statistics."""
+    starts = []
+
+    def recorded(key, encoder, variables, head, images, labels, **options):
+        h = extract_features(encoder.apply, variables, images)
+        starts.append((h, head, labels, options["batch_statistics"]))
+        return fine_tune(key, encoder, variables, head, images, labels, **options)
+
+    monkeypatch.setattr(finetune, "fine_tune", recorded)
+    monkeypatch.setattr(finetune, "CHOICES", (Rates(0.0, 0.0),))
+    trial = finetune_run(run, dataset=small_cifar, **FEW)["trials"][0]
+    for split in ("val", "test"):
+        assert trial["fine_tuned"][split] == trial["probe"][split]
+    assert [train for *_, train in starts] == [False, True]
+    for h, head, labels, _ in starts:
+        # Fitted to these very images: the fit is better than that of the classes' frequencies.
+        losses = optax.softmax_cross_entropy_with_integer_labels(probe_logits(head, h), labels)
+        shares = np.bincount(labels) / len(labels)
+        assert float(losses.mean()) < -np.sum(shares * np.log(shares)) - 0.05
 
 
 def test_finished_trials_are_kept_and_another_recipe_begins_anew(run, small_cifar, monkeypatch):

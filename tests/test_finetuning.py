@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import torch
 
 from jepa_jax.finetuning import (
@@ -30,6 +31,11 @@ LINEAR = Encoder(ModelFns(lambda key, images: {}, _apply), mean=(0.5,) * 3, std=
 def variables_of(seed):
     weights = np.random.default_rng(seed).normal(size=(3, 4)).astype(np.float32)
     return {"params": jnp.asarray(weights), "batch_stats": jnp.float32(0)}
+
+
+def head_of(seed, features=4, classes=3):
+    kernel = np.random.default_rng(seed).normal(size=(features, classes)).astype(np.float32)
+    return {"kernel": jnp.asarray(kernel), "bias": jnp.arange(classes, dtype=jnp.float32)}
 
 
 def plain(count, seed):
@@ -60,15 +66,20 @@ def test_subsets_are_balanced_nested_and_of_their_seed():
 def test_steps_are_those_of_pytorchs_sgd_with_two_rates():
     images, labels = plain(32, 0)
     rates, start = Rates(np.float32(0.05), np.float32(0.5)), variables_of(0)
-    state = initial_tuned(start, 4, 3)
+    head = head_of(1)
+    state = initial_tuned(start, head)
     x = torch.tensor(images.mean((1, 2)) / 255 - 0.5, dtype=torch.float64) / 0.25
     encoder = torch.tensor(np.array(start["params"]), dtype=torch.float64, requires_grad=True)
-    kernel = torch.zeros(4, 3, dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    kernel, bias = (
+        torch.tensor(np.array(head[name]), dtype=torch.float64, requires_grad=True)
+        for name in ("kernel", "bias")
+    )
     groups = [{"params": [encoder], "lr": 0.05}, {"params": [kernel, bias], "lr": 0.5}]
     sgd = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
     for _ in range(4):
-        state, loss = finetune_step(LINEAR, state, KEY, jnp.asarray(images), labels, rates)
+        state, loss = finetune_step(
+            LINEAR, state, KEY, jnp.asarray(images), labels, rates, batch_statistics=True
+        )
         sgd.zero_grad()
         expected = torch.nn.functional.cross_entropy(
             x @ encoder @ kernel + bias, torch.tensor(labels, dtype=torch.long)
@@ -85,18 +96,52 @@ def test_steps_are_those_of_pytorchs_sgd_with_two_rates():
     assert float(state.batch_stats) == 4
 
 
+def test_before_its_first_step_it_is_the_probe():
+    """With no step, and in the loss of the first one, the logits are those of frozen features."""
+    images, labels = plain(32, 2)
+    start, head = variables_of(3), head_of(4)
+    logits = probe_logits(head, LINEAR.apply(start, images))
+    tuned = fine_tune(
+        KEY,
+        LINEAR,
+        start,
+        head,
+        images,
+        labels,
+        num_steps=0,
+        batch_size=8,
+        rates=Rates(0.1, 0.1),
+        batch_statistics=False,
+    )
+    np.testing.assert_array_equal(
+        probe_logits(tuned.params["head"], LINEAR.apply(tuned.variables, images)), logits
+    )
+    state, loss = finetune_step(
+        LINEAR, tuned, KEY, images, labels, Rates(0.1, 0.1), batch_statistics=False
+    )
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    np.testing.assert_allclose(loss, jnp.mean(losses), rtol=1e-4)
+    assert float(state.batch_stats) == 0
+
+
 def test_a_separable_problem_is_learnt_and_the_key_alone_decides():
     images = np.zeros((60, 8, 8, 3), np.uint8)
     labels = (np.arange(60) % 3).astype(np.int32)
     images[np.arange(60), :, :, labels] = 255
-    options = {"num_classes": 3, "num_steps": 40, "batch_size": 20, "rates": Rates(0.05, 0.5)}
-    start = variables_of(1)
+    options = {
+        "num_steps": 40,
+        "batch_size": 20,
+        "rates": Rates(0.05, 0.5),
+        "batch_statistics": False,
+    }
+    start, head = variables_of(1), head_of(1)
     first, second = (
-        fine_tune(KEY, LINEAR, start, images, labels, **options)
+        fine_tune(KEY, LINEAR, start, head, images, labels, **options)
         for images in (images, jnp.asarray(images))
     )
     logits = probe_logits(first.params["head"], LINEAR.apply(first.variables, images))
     np.testing.assert_array_equal(np.argmax(logits, axis=1), labels)
     jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
-    frozen = fine_tune(KEY, LINEAR, start, images, labels, **{**options, "rates": Rates(0.0, 0.5)})
+    options["rates"] = Rates(0.0, 0.5)
+    frozen = fine_tune(KEY, LINEAR, start, head, images, labels, **options)
     np.testing.assert_array_equal(frozen.params["encoder"], start["params"])
