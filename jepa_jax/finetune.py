@@ -41,7 +41,7 @@ from jepa_jax.train_step import probe_logits
 FINETUNE_SCHEMA_VERSION = 1
 LABELS = (0.01, 0.1, 1.0)
 # Of equal ones on validation images the first, the gentler to the encoder, is taken.
-CHOICES = tuple(Rates(encoder, 0.01) for encoder in (0.003, 0.01, 0.03, 0.1))
+CHOICES = tuple(Rates(encoder, 0.01) for encoder in (0.01, 0.03, 0.1))
 BATCH_SIZE = 64
 _EPOCHS, _FEWEST_STEPS, _MOST_STEPS = 10, 50, 1000
 COLUMNS = {
@@ -182,8 +182,8 @@ class _Bench:
             "seed": seed,
             "num_labels": len(rows),
             "num_steps": steps,
-            "fine_tuned": self._best(seed, pretrained, probe, images, labels, steps, False),
-            "scratch": self._best(seed, untrained, floor, images, labels, steps, True),
+            "fine_tuned": self._best(seed, pretrained, probe, images, labels, steps),
+            "scratch": self._best(seed, untrained, floor, images, labels, steps),
             "probe": {**_scores(probe, self.frozen), "lambda": probe["lambda"]},
             "chance": self._chance(labels),
         }
@@ -201,7 +201,7 @@ class _Bench:
         )
         return logistic_probe(train, scored["val"], num_classes=self.judged.dataset.num_classes)
 
-    def _best(self, seed, start, probe, images, labels, num_steps, batch_statistics):
+    def _best(self, seed, start, probe, images, labels, num_steps: int) -> dict[str, Any]:
         """Scores of the choice of rates that is best on validation images."""
         best, best_acc = None, -1.0
         for rates in CHOICES:
@@ -215,7 +215,6 @@ class _Bench:
                 num_steps=num_steps,
                 batch_size=BATCH_SIZE,
                 rates=rates,
-                batch_statistics=batch_statistics,
             )
             score = self._score(tuned, ("val",))["val"]
             if score["acc"] > best_acc:

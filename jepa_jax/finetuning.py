@@ -66,7 +66,7 @@ def initial_tuned(variables: dict[str, Any], head: dict[str, jax.Array]) -> Tune
     return Tuned(params, variables.get("batch_stats", {}), _MOMENTUM.init(params))
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="batch_statistics")
+@functools.partial(jax.jit, static_argnums=0)
 def finetune_step(
     encoder: Encoder,
     state: Tuned,
@@ -74,10 +74,10 @@ def finetune_step(
     images: jax.Array,
     labels: jax.Array,
     rates: Rates,
-    *,
-    batch_statistics: bool,
 ) -> tuple[Tuned, jax.Array]:
     """One step of SGD with Nesterov momentum 0.9 on the mean cross-entropy, without weight decay.
+
+    BatchNorm is in training mode: it normalises by the batch and moves its running statistics.
 
     Args:
       encoder: static; its normalisation is applied.
@@ -85,8 +85,6 @@ def finetune_step(
       images: uint8 [B, H, W, 3].
       labels: int32 [B] in [0, K).
       rates: of this step.
-      batch_statistics: static; whether BatchNorm normalises by the batch and moves its running
-        statistics. If not, it uses those and leaves them, as when features are extracted.
 
     Returns:
       (state, loss before the step).
@@ -95,7 +93,7 @@ def finetune_step(
 
     def loss_fn(params):
         variables = {"params": params["encoder"], "batch_stats": state.batch_stats}
-        (h, _), batch_stats = encoder.model.apply(variables, views, batch_statistics)
+        (h, _), batch_stats = encoder.model.apply(variables, views, True)
         logits = probe_logits(params["head"], h.astype(jnp.float32))
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.mean(losses), batch_stats
@@ -122,7 +120,6 @@ def fine_tune(
     num_steps: int,
     batch_size: int,
     rates: Rates,
-    batch_statistics: bool,
 ) -> Tuned:
     """Trains an encoder and a linear head on labelled images.
 
@@ -142,7 +139,6 @@ def fine_tune(
       labels: int32 [N] in [0, K).
       batch_size: at most N is used.
       rates: at the first step.
-      batch_statistics: of `finetune_step`.
     """
     state = initial_tuned(variables, head)
     order_key, view_key = jax.random.split(key)
@@ -157,6 +153,5 @@ def fine_tune(
             jax.device_put(images[batch]),
             jax.device_put(labels[batch]),
             Rates(*(np.float32(rate * share) for rate in rates)),
-            batch_statistics=batch_statistics,
         )
     return state

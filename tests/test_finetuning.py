@@ -77,9 +77,7 @@ def test_steps_are_those_of_pytorchs_sgd_with_two_rates():
     groups = [{"params": [encoder], "lr": 0.05}, {"params": [kernel, bias], "lr": 0.5}]
     sgd = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
     for _ in range(4):
-        state, loss = finetune_step(
-            LINEAR, state, KEY, jnp.asarray(images), labels, rates, batch_statistics=True
-        )
+        state, loss = finetune_step(LINEAR, state, KEY, jnp.asarray(images), labels, rates)
         sgd.zero_grad()
         expected = torch.nn.functional.cross_entropy(
             x @ encoder @ kernel + bias, torch.tensor(labels, dtype=torch.long)
@@ -111,29 +109,20 @@ def test_before_its_first_step_it_is_the_probe():
         num_steps=0,
         batch_size=8,
         rates=Rates(0.1, 0.1),
-        batch_statistics=False,
     )
     np.testing.assert_array_equal(
         probe_logits(tuned.params["head"], LINEAR.apply(tuned.variables, images)), logits
     )
-    state, loss = finetune_step(
-        LINEAR, tuned, KEY, images, labels, Rates(0.1, 0.1), batch_statistics=False
-    )
+    _, loss = finetune_step(LINEAR, tuned, KEY, images, labels, Rates(0.1, 0.1))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     np.testing.assert_allclose(loss, jnp.mean(losses), rtol=1e-4)
-    assert float(state.batch_stats) == 0
 
 
 def test_a_separable_problem_is_learnt_and_the_key_alone_decides():
     images = np.zeros((60, 8, 8, 3), np.uint8)
     labels = (np.arange(60) % 3).astype(np.int32)
     images[np.arange(60), :, :, labels] = 255
-    options = {
-        "num_steps": 40,
-        "batch_size": 20,
-        "rates": Rates(0.05, 0.5),
-        "batch_statistics": False,
-    }
+    options = {"num_steps": 40, "batch_size": 20, "rates": Rates(0.05, 0.5)}
     start, head = variables_of(1), head_of(1)
     first, second = (
         fine_tune(KEY, LINEAR, start, head, images, labels, **options)
