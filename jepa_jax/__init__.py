@@ -27,6 +27,7 @@ _HOMES = {
     "data": ("Dataset", "from_arrays", "load_dataset"),
     "evaluate": ("evaluate_run",),
     "evaluation": ("evaluate_representation",),
+    "finetune": ("finetune_run",),
     "health": ("effective_rank", "rank_me"),
     "interop": ("TorchModel", "import_torch"),
     "losses": (

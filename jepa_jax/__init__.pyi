@@ -18,6 +18,7 @@ from jepa_jax.data import from_arrays as from_arrays
 from jepa_jax.data import load_dataset as load_dataset
 from jepa_jax.evaluate import evaluate_run as evaluate_run
 from jepa_jax.evaluation import evaluate_representation as evaluate_representation
+from jepa_jax.finetune import finetune_run as finetune_run
 from jepa_jax.health import effective_rank as effective_rank
 from jepa_jax.health import rank_me as rank_me
 from jepa_jax.interop import TorchModel as TorchModel

@@ -6,6 +6,7 @@ representation, and the floors beside them. Prints a table and writes evaluation
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.metadata
 import os
 import pathlib
@@ -85,6 +86,88 @@ def evaluate_run(
       ConfigError: if it does not say which dataset, and `dataset` does not either.
       DataError: if the dataset cannot be read, or is not the one that the run was trained on.
     """
+    judged = find_judged(workdir, which, dataset, data_dir, encoder, on_progress)
+    dataset, state = judged.dataset, judged.state
+    online = {}
+    if judged.is_own and state.get("probe"):
+        online = _recorded_online(judged.workdir, judged.step)
+    images = clean_images(dataset.train_images)
+    untrained = reestimate_batch_stats(judged.encoder, judged.untrained(), images)
+    result = evaluate_representation(
+        judged.encoder.apply,
+        judged.variables,
+        dataset,
+        num_val=judged.num_val,
+        embed=judged.encoder.embed,
+        untrained=untrained,
+        heads={"online_clean": state["probe"]["params"]} if online else {},
+        parts=parts,
+        augmented_epochs=augmented_epochs,
+        on_progress=on_progress,
+    )
+    if "online_clean" in result["probes"]:
+        result = with_online_probe(result, online)
+    result["checkpoint"] = {"which": judged.which, "step": judged.step}
+    result["environment"] = environment()
+    write_result(judged.file("evaluation"), result)
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """What of a run is judged, and on what.
+
+    Attributes:
+      workdir, which: the run's folder, and which checkpoint was asked for.
+      stored, config: what its config.json says, and the config in it.
+      encoder, variables: the model, and {'params', 'batch_stats'} as a probe sees them.
+      dataset, is_own: what it is judged on, and whether that is the run's own.
+      step, state: the checkpoint's, None and {} of imported weights.
+    """
+
+    workdir: pathlib.Path
+    which: str
+    stored: dict[str, Any]
+    config: ConfigDict
+    encoder: Encoder
+    variables: dict[str, Any]
+    dataset: Dataset
+    is_own: bool
+    step: int | None
+    state: dict[str, Any]
+
+    @property
+    def num_val(self) -> int:
+        """Training images to hold out."""
+        own = self.is_own and self.config.data.get("num_val")
+        return own or _num_val(len(self.dataset.train_images))
+
+    def file(self, kind: str) -> pathlib.Path:
+        """Where figures of this kind go: KIND.json, on another dataset KIND_NAME.json."""
+        kind = kind if self.is_own else re.sub(r"[^\w.-]", "_", f"{kind}_{self.dataset.name}")
+        return self.workdir / f"{kind}.json"
+
+    def untrained(self, seed: int | None = None) -> dict[str, Any]:
+        """The same network before its first step; of another seed than the run's if one is given.
+
+        BatchNorm's statistics are still 0 and 1.
+        """
+        config, is_ours = self.config, "encoder" not in self.stored["custom"]
+        if seed is not None:
+            config = ConfigDict({**config, "meta": {"seed": seed}})
+        images = self.dataset.train_images
+        return untrained_variables(self.encoder, config, images, has_own_stem=is_ours)
+
+
+def find_judged(
+    workdir: str | os.PathLike[str],
+    which: str = "latest",
+    dataset: Dataset | str | None = None,
+    data_dir: str = "",
+    encoder: nn.Module | EncoderFns | ModelFns | None = None,
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> Judged:
+    """Reads a run's encoder and the dataset to judge it on; see `evaluate_run`, which raises so."""
     (workdir, stored), which = read_run(workdir), str(which)
     described, config = described_encoder(workdir, stored, encoder), ConfigDict(stored["config"])
     step = _step_of(workdir, which)
@@ -104,33 +187,18 @@ def evaluate_run(
     if not has_encoder:
         own = dataset if is_own else _own_dataset(workdir, stored, data_dir)
         variables = reestimate_batch_stats(described, variables, clean_images(own.train_images))
-    images, is_ours = dataset.train_images, "encoder" not in stored["custom"]
-    untrained = untrained_variables(described, config, images, has_own_stem=is_ours)
-    untrained = reestimate_batch_stats(described, untrained, clean_images(images))
-    online = _recorded_online(workdir, step) if is_own and state.get("probe") else {}
-    result = evaluate_representation(
-        described.apply,
-        variables,
-        dataset,
-        num_val=(is_own and config.data.get("num_val")) or _num_val(len(dataset.train_images)),
-        embed=described.embed,
-        untrained=untrained,
-        heads={"online_clean": state["probe"]["params"]} if online else {},
-        parts=parts,
-        augmented_epochs=augmented_epochs,
-        on_progress=on_progress,
+    return Judged(
+        workdir, which, stored, config, described, variables, dataset, is_own, step, state
     )
-    if "online_clean" in result["probes"]:
-        result = with_online_probe(result, online)
-    result["checkpoint"] = {"which": which, "step": step}
-    result["environment"] = _environment()
-    name = "evaluation" if is_own else re.sub(r"[^\w.-]", "_", f"evaluation_{dataset.name}")
+
+
+def write_result(path: pathlib.Path, result: dict[str, Any]) -> None:
+    """Writes figures as JSON; CheckpointError if that cannot be done."""
     try:
-        write_json(workdir / f"{name}.json", result)
+        write_json(path, result)
     except OSError as error:
         reason = error.strerror or error
-        raise CheckpointError(f"{workdir / name}.json cannot be written: {reason}") from error
-    return result
+        raise CheckpointError(f"{path} cannot be written: {reason}") from error
 
 
 def _fitting(
@@ -221,7 +289,8 @@ def _recorded_online(workdir: pathlib.Path, step: int | None) -> dict[str, float
     }
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Versions and the device, as every file of figures has them."""
     packages = ("jax", "jaxlib", "flax", "numpy", "scipy")
     versions = {name: importlib.metadata.version(name) for name in packages}
     return {"python": platform.python_version(), **versions, "device": device.describe()}
@@ -234,13 +303,14 @@ def _percent(score: dict[str, Any] | None) -> str:
     return "-" if not score else f"{100 * score['acc']:.1f}"
 
 
-def _with_interval(score: dict[str, Any] | None) -> str:
+def with_interval(score: dict[str, Any] | None) -> str:
+    """'66.4 [65.5, 67.4]': an accuracy and its 95 % interval, in %."""
     if not score:
         return "-"
     return f"{100 * score['acc']:.1f} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]"
 
 
-def _table(rows: list[list[str]]) -> list[str]:
+def table(rows: list[list[str]]) -> list[str]:
     """Lines of aligned columns, the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
@@ -265,10 +335,10 @@ def _probe_table(result: dict[str, Any]) -> list[str]:
             floors = [(row[f] or {}).get(main) for f in ("untrained", "pixels", "chance")]
             encoder = row["encoder"]
             rows.append(
-                [text, _with_interval(encoder[main]), _percent(encoder["val"])]
+                [text, with_interval(encoder[main]), _percent(encoder["val"])]
                 + [_percent(score) for score in floors]
             )
-    return _table(rows)
+    return table(rows)
 
 
 def _class_table(result: dict[str, Any]) -> list[str]:
@@ -280,8 +350,8 @@ def _class_table(result: dict[str, Any]) -> list[str]:
         total, taken[place] = max(sum(taken), 1), -1
         worst = int(np.argmax(taken))
         mistaken = f"{names[worst]} ({100 * taken[worst] / total:.0f} %)"
-        rows.append([name, _with_interval(score), mistaken])
-    return _table(rows)
+        rows.append([name, with_interval(score), mistaken])
+    return table(rows)
 
 
 def _health_table(health: dict[str, Any]) -> list[str]:
@@ -294,7 +364,7 @@ def _health_table(health: dict[str, Any]) -> list[str]:
     rows = [["health", *(title for title, _ in columns)]]
     for key, text in HEALTH_NAMES.items():
         rows.append([text, *(f"{figures[key]:.4g}" for _, figures in columns)])
-    return _table(rows)
+    return table(rows)
 
 
 def print_evaluation(result: dict[str, Any]) -> None:

@@ -69,7 +69,7 @@ def augmented_probe(
 
     @jax.jit
     def step(heads, trace, variables, key, count, images, labels):
-        h = apply(variables, _crops(jax.random.split(key, len(images)), to_float(images)))
+        h = apply(variables, crops(jax.random.split(key, len(images)), to_float(images)))
         h = (h - mean[None, :]) * scale[None, :]
         updates, trace = momentum.update(jax.grad(_loss)(heads, h, labels), trace)
         rates = -peaks * 0.5 * (1.0 + jnp.cos(jnp.pi * count / num_steps))
@@ -80,7 +80,7 @@ def augmented_probe(
     heads = _Heads(jnp.zeros(shape, jnp.float32), jnp.zeros(shape[::2], jnp.float32))
     trace = momentum.init(heads)
     order_key, view_key = jax.random.split(key)
-    for count, batch in enumerate(_batches(order_key, rows, num_epochs, batch_size)):
+    for count, batch in enumerate(batches(order_key, rows, num_epochs, batch_size)):
         heads, trace = step(
             heads,
             trace,
@@ -100,16 +100,19 @@ def augmented_probe(
     return {"lr": float(rates[best]), "val_acc": accs[best], "kernel": kernel, "bias": bias}
 
 
-def _batches(
+def batches(
     key: jax.Array, rows: np.ndarray, num_epochs: int, batch_size: int
 ) -> Iterator[np.ndarray]:
+    """Rows [B] of every batch, in another order every epoch; an incomplete last one is dropped."""
     for epoch in range(num_epochs):
         order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), rows))
         for start in range(0, len(rows) - batch_size + 1, batch_size):
             yield order[start : start + batch_size]
 
 
-def _crops(keys: jax.Array, images: jax.Array) -> jax.Array:
+def crops(keys: jax.Array, images: jax.Array) -> jax.Array:
+    """A random crop (scale 0.08 to 1) with a flip of every image [B, H, W, 3] in [0, 1]."""
+
     def crop(key, image):
         return random_view(
             key, image, scale=(0.08, 1.0), jitter_prob=0.0, grayscale_prob=0.0, solarize_prob=0.0

@@ -39,13 +39,13 @@ FLOORS = (
         "sgd_probe",
         "train_step",
     },  # pure training and features
-    {"config", "divergence", "evaluation", "runner", "watch"},
+    {"config", "divergence", "evaluation", "finetuning", "runner", "watch"},
     {"config_flags", "plan"},
     {"api", "loop"},
     {"train"},
     {"pace"},
     {"compare", "convert", "evaluate", "report"},
-    {"benchmark", "main", "sweep"},
+    {"benchmark", "finetune", "main", "sweep"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Arrays in, arrays out: no file, no config, no framework.
