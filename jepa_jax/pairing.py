@@ -57,7 +57,7 @@ def against_mean(
     _check_number(global_views)
     total = sum(global_views[1:], start=global_views[0])
     if len(global_views) == 2:
-        pairs = [(2, *global_views)]
+        pairs = [(2, global_views[0], global_views[1])]
     else:
         pairs = [(1, (total - view) / (len(global_views) - 1), view) for view in global_views]
     pairs += [(1, total / len(global_views), view) for view in local_views]
@@ -84,7 +84,9 @@ def lifted(loss_fn: Callable[..., Any], pairing: str, *, num_pairs: int = 1) -> 
     """
     combine = PAIRINGS[pairing]
 
-    def many_view_loss(key, z1, z2, *others):
+    def many_view_loss(
+        key: jax.Array, z1: jax.Array, z2: jax.Array, *others: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         *stacks, hparams = others
         num_images = z1.shape[0] // num_pairs
         global_views = [z[n : n + num_images] for z in (z1, z2) for n in _starts(z, num_images)]
@@ -97,16 +99,18 @@ def lifted(loss_fn: Callable[..., Any], pairing: str, *, num_pairs: int = 1) -> 
     return many_view_loss
 
 
-def _starts(z, num_images):
+def _starts(z: jax.Array, num_images: int) -> range:
     return range(0, z.shape[0], num_images)
 
 
-def _check_number(global_views):
+def _check_number(global_views: Sequence[jax.Array]) -> None:
     if len(global_views) < 2:
         raise ValueError(f"at least two global views are needed, got {len(global_views)}")
 
 
-def _weighted_mean(loss, pairs):
+def _weighted_mean(
+    loss: TwoViewLoss, pairs: Sequence[tuple[int, jax.Array, jax.Array]]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Of (weight, view, view); the two-view loss itself, to the bit, if there is one pair."""
     whole = sum(weight for weight, _, _ in pairs)
     found = [(weight / whole, loss(a, b)) for weight, a, b in pairs]

@@ -240,15 +240,15 @@ def test_a_sweep_of_ones_own_function_is_one_program(own_module, config, small_c
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("absent_module:pull", "there is no module absent_module, neither in the current folder"),
-        ("absent.module:pull", "there is no module absent, neither"),
+        ("absent_module:pull", "no module absent_module in the current folder"),
+        ("absent.module:pull", "no module absent in the current folder"),
         ("{own}:pul", "has no pul (did you mean pull?)"),
         ("{own}:number", "number is a int, not a function"),
         ("{own}:two", "two must take (key, z1, z2, hparams): too many positional arguments"),
         ("{own}:only", "it must return (loss, terms)"),
         ("{own}:rows", "loss_fn must return scalars; rows has shape (100, 8)"),
-        ("breaks:pull", "breaks cannot be imported: ZeroDivisionError: division by zero"),
-        ("needs:pull", "needs cannot be imported: ModuleNotFoundError: No module named 'absent_"),
+        ("breaks:pull", "importing breaks failed: ZeroDivisionError: division by zero"),
+        ("needs:pull", "importing needs failed: ModuleNotFoundError: No module named 'absent_"),
     ],
 )
 def test_what_is_no_loss_is_one_line(path, message, own_module, config, small_cifar, tmp_path):

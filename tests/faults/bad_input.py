@@ -127,6 +127,8 @@ ZERO_IS_LEGAL = {
     "loss.cov_coeff",
     "loss.sigreg_coeff",
     "loss.redundancy_coeff",
+    "loss.pred_coeff",
+    "model.target_ema",
     "optim.weight_decay",
     "optim.momentum",
     "optim.warmup_epochs",
@@ -143,6 +145,7 @@ HUGE_IS_LEGAL = {
     "logging.save_every",
 }
 TRUTHS = {
+    "model.predictor",
     "model.use_projector",
     "model.stem_pool",
     "training.use_amp",
