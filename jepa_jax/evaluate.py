@@ -389,14 +389,20 @@ def print_evaluation(result: dict[str, Any]) -> None:
         )
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m jepa_jax.evaluate", description=_DESCRIPTION)
+def judging_parser(name: str, description: str) -> Parser:
+    """Of a command that judges a run's encoder: what `find_judged` takes."""
+    parser = Parser(prog=f"python -m jepa_jax.{name}", description=description)
     parser.add_argument("--workdir", required=True, help="the run's folder")
     parser.add_argument("--checkpoint", default="latest", help="latest, best, or a step")
     parser.add_argument(
         "--dataset", help="in place of the run's own: a tfds dataset, or folder:/path/to/images"
     )
     parser.add_argument("--data_dir", default="", help="where datasets lie")
+    return parser
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = judging_parser("evaluate", _DESCRIPTION)
     parser.add_argument(
         "--augmented_epochs",
         type=int,

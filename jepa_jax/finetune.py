@@ -19,14 +19,22 @@ import scipy.special
 from flax import linen as nn
 
 from jepa_jax import device
-from jepa_jax.command import Parser, ends_at_once, errors_as_lines, with_huge_pages
+from jepa_jax.command import ends_at_once, errors_as_lines, with_huge_pages
 from jepa_jax.data import Dataset, choose_placement
 from jepa_jax.errors import CheckpointError, DataError
-from jepa_jax.evaluate import Judged, environment, find_judged, table, with_interval, write_result
+from jepa_jax.evaluate import (
+    Judged,
+    environment,
+    find_judged,
+    judging_parser,
+    table,
+    with_interval,
+    write_result,
+)
 from jepa_jax.evaluation import has_labels, score_of
 from jepa_jax.finetuning import Rates, balanced_subset, fine_tune
 from jepa_jax.metrics import read_json
-from jepa_jax.models import ModelFns
+from jepa_jax.models import EncoderFns, ModelFns
 from jepa_jax.plan import clean_images
 from jepa_jax.probes import logistic_probe
 from jepa_jax.progress import Stopwatch, duration, say
@@ -66,7 +74,7 @@ def finetune_run(
     which: str = "latest",
     dataset: Dataset | str | None = None,
     data_dir: str = "",
-    encoder: nn.Module | ModelFns | None = None,
+    encoder: nn.Module | EncoderFns | ModelFns | None = None,
     num_steps: int = 0,
     seed: int = 0,
     num_seeds: int = 1,
@@ -303,13 +311,7 @@ def _shares(text: str) -> list[float]:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m jepa_jax.finetune", description=_DESCRIPTION)
-    parser.add_argument("--workdir", required=True, help="the run's folder")
-    parser.add_argument("--checkpoint", default="latest", help="latest, best, or a step")
-    parser.add_argument(
-        "--dataset", help="in place of the run's own: a tfds dataset, or folder:/path/to/images"
-    )
-    parser.add_argument("--data_dir", default="", help="where datasets lie")
+    parser = judging_parser("finetune", _DESCRIPTION)
     parser.add_argument(
         "--labels", default="0.01,0.1,1", help="shares of the labels, above 0 and up to 1"
     )
