@@ -4,9 +4,11 @@ Programs are compiled once per session, also across the processes that tests sta
 persistent cache lies in a temporary folder that goes with the session.
 """
 
+import gc
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
 
 # The processes of pytest-xdist inherit the folder of the first.
 _CACHE = tempfile.TemporaryDirectory(prefix="jepa_jax_tests_")
@@ -29,6 +31,18 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_go_with_their_file() -> Iterator[None]:
+    """Frees what a file's tests compiled.
+
+    Every program holds mappings of memory, of which Linux gives a process 65,530 (vm.max_map_count):
+    where none is left, XLA ends the process without a word.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
