@@ -37,8 +37,8 @@ FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 def programs_go_with_their_file() -> Iterator[None]:
     """Frees what a file's tests compiled.
 
-    Every program holds mappings of memory, of which Linux gives a process 65,530 (vm.max_map_count):
-    where none is left, XLA ends the process without a word.
+    Every program holds mappings of memory, of which Linux gives a process 65,530
+    (vm.max_map_count): where none is left, XLA ends the process without a word.
     """
     yield
     jax.clear_caches()

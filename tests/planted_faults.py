@@ -791,7 +791,7 @@ FAULTS = [
         "finetuning.py",
         "(name, getattr(rates, name), state.params[name], updates[name])",
         "(name, rates.head, state.params[name], updates[name])",
-        "test_finetuning.py::test_steps_are_those_of_pytorchs_sgd_with_two_rates",
+        "test_finetuning.py::test_steps_are_those_of_nesterovs_sgd_with_two_rates",
     ),
     Fault(
         "the probe's bias lost at the start of fine-tuning",
