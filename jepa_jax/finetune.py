@@ -297,9 +297,10 @@ def print_finetune(result: dict[str, Any]) -> None:
     say("\n".join(["", *table(lines), ""]))
     num_seeds = len(result["rows"][0]["seeds"])
     kind = "of the images (Wilson)" if num_seeds == 1 else f"over {num_seeds} seeds (Student)"
+    chosen = f"{result['num_val']} others (val)" if split == "test" else "the same images"
     say(
         f"accuracy in % on {split} images of {result['dataset']['name']}, whole ones, and its 95 % "
-        f"interval {kind}; rates and penalties chosen on {result['num_val']} others (val)"
+        f"interval {kind}; rates and penalties chosen on {chosen}"
     )
 
 

@@ -131,7 +131,7 @@ def test_finished_trials_are_kept_and_another_recipe_begins_anew(run, small_cifa
     assert len(other["trials"]) == 1 and other["trials"][0]["fine_tuned"]["rates"]["encoder"] == 0
 
 
-def test_imported_weights_and_another_dataset(tmp_path, small_cifar, request):
+def test_imported_weights_and_another_dataset(tmp_path, small_cifar, request, capsys):
     folder = tmp_path / "imported"
     api.save_import(import_torch(request.path.parent / "fixtures" / "torch_eb_jepa.pth"), folder)
     with pytest.raises(ConfigError, match="--dataset says what to judge them on"):
@@ -141,6 +141,7 @@ def test_imported_weights_and_another_dataset(tmp_path, small_cifar, request):
     assert read_json(folder / "finetune_other_one.json") == result
     assert result["rows"][0]["fine_tuned"]["test"] is None
     finetune.print_finetune(result)
+    assert "chosen on the same images" in capsys.readouterr().out
 
 
 def test_no_labels_is_an_error(run, small_cifar):
