@@ -33,7 +33,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 _TURNS = 3
 # Training images that the probes are fitted to, and those they choose on: a large network takes
 # minutes on two cores to embed more.
-_NUM_FITTED, _NUM_VAL = 10_000, 5_000
+NUM_FITTED, NUM_VAL = 10_000, 5_000
 _MARKS = ("<!-- table -->", "<!-- end of table -->")
 
 
@@ -140,12 +140,12 @@ def measure(name: str, dataset: Dataset, epochs: float) -> dict[str, Any]:
         reestimate_batch_stats(plan.encoder, variables, images)
         for variables in (variables_of(state), untrained)
     )
-    judged = dataset.with_num_train(_NUM_FITTED + _NUM_VAL)
+    judged = dataset.with_num_train(NUM_FITTED + NUM_VAL)
     result = evaluate_representation(
         plan.encoder.apply,
         network,
         judged,
-        num_val=_NUM_VAL,
+        num_val=NUM_VAL,
         embed=plan.encoder.embed,
         untrained=floor,
         parts=("ridge", "knn", "health"),
@@ -214,7 +214,7 @@ def _write(rows: dict[str, Any], out: pathlib.Path, page: pathlib.Path) -> None:
     what = "every configuration once, for the time of configs/cpu.py; one seed"
     command = "python -m benchmarks.configurations --workdir runs/configurations"
     flags = {name: row.flags for name, row in CONFIGURATIONS.items()}
-    judged = f"probes fitted to {_NUM_FITTED} images, chosen on {_NUM_VAL} others"
+    judged = f"probes fitted to {NUM_FITTED} images, chosen on {NUM_VAL} others"
     write_document(out, what, command, judged=judged, flags=flags, rows=rows)
     before, _, rest = page.read_text().partition(_MARKS[0])
     _, _, after = rest.partition(_MARKS[1])

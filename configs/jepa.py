@@ -25,9 +25,11 @@ def get_config(what: str = "views") -> ConfigDict:
         raise ValueError(f"jepa.py predicts views or blocks, not {what}")
     config = cpu.get_config()
     config.model.predictor = True
-    config.model.target_ema = 0.99  # of hundreds of steps; BYOL and I-JEPA have 0.996 of many more
+    # Of hundreds of steps; BYOL and I-JEPA have 0.996 of many more.
+    config.model.target_ema = 0.9
     config.model.pred_hidden_dim = 512
-    config.loss.sim_coeff = 0.0  # the predictor alone brings the views together
+    config.loss.sim_coeff = 0.0  # the predictor alone brings the views together ...
+    config.loss.pred_coeff = 5.0  # ... and at 1 it hardly does: docs/recipe.md has both searched
     if what == "blocks":
         _masked(config)
     return config
@@ -48,6 +50,8 @@ def _masked(config: ConfigDict) -> None:
     config.model.pool = "mean"  # a class token would take no part in the prediction
     config.model.stem_init = "random"
     config.model.mask = "blocks"
+    config.model.target_ema = 0.99
+    config.loss.pred_coeff = 1.0
     config.model.pred_dim = 96  # half the encoder's width, as the paper's narrow predictor
     config.model.pred_depth = 2
 

@@ -69,8 +69,8 @@ def test_every_config_file_has_every_key():
 
 def test_a_row_is_measured(monkeypatch, small_cifar):
     """What the table reads of it is there, and is that of a network of this size."""
-    monkeypatch.setattr(configurations, "_NUM_FITTED", 200)
-    monkeypatch.setattr(configurations, "_NUM_VAL", 100)
+    monkeypatch.setattr(configurations, "NUM_FITTED", 200)
+    monkeypatch.setattr(configurations, "NUM_VAL", 100)
     small = SMALL | {"model.stage_sizes": (1, 1, 1)}
     flags = " ".join(f"--config.{key}={value}".replace(", ", ",") for key, value in small.items())
     base = CONFIGURATIONS["vicreg"]
