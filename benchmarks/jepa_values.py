@@ -3,9 +3,10 @@
     python -m benchmarks.jepa_values --workdir runs/jepa_values \
         --out benchmarks/results/jepa_values.json
 
-One seed of every pair of values, --seeds of the config's own. All train as many steps as the row
-of docs/results.md, where they are what fits into the time of configs/cpu.py: neither value changes
-the time of a step. Finished runs are read, not repeated. The test set is not read.
+One seed of every pair of values, --seeds of the first and of the config's own. All train as many
+steps as the row of docs/results.md, where they are what fits into the time of configs/cpu.py:
+neither value changes the time of a step. Finished runs are read, not repeated. The test set is not
+read.
 """
 
 import functools
@@ -83,14 +84,15 @@ def main() -> None:
     """Measures what is missing, prints the table and writes the figures."""
     arguments = parse(parser(__doc__))
     dataset, own, rows = training_images(), jepa.get_config(), []
+    compared = (TRIED[0], (own.loss.pred_coeff, own.model.target_ema))
     for pred_coeff, target_ema in TRIED:
-        is_own = (pred_coeff, target_ema) == (own.loss.pred_coeff, own.model.target_ema)
+        num_seeds = arguments.seeds if (pred_coeff, target_ema) in compared else 1
         runs = [
             stored(
                 arguments.workdir / f"{pred_coeff:g} {target_ema:g} seed {seed}.json",
                 functools.partial(measure, pred_coeff, target_ema, seed, dataset),
             )
-            for seed in range(arguments.seeds if is_own else 1)
+            for seed in range(num_seeds)
         ]
         rows.append({"pred_coeff": pred_coeff, "target_ema": target_ema, "runs": runs})
     print(table(rows))
