@@ -50,7 +50,7 @@ def _masked(config: ConfigDict) -> None:
     config.model.pool = "mean"  # a class token would take no part in the prediction
     config.model.stem_init = "random"
     config.model.mask = "blocks"
-    config.model.target_ema = 0.99
+    config.model.target_ema = 0.99  # this and the weight were not searched for
     config.loss.pred_coeff = 1.0
     config.model.pred_dim = 96  # half the encoder's width, as the paper's narrow predictor
     config.model.pred_depth = 2
