@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import cpu, objectives
+from configs import cpu, objectives, sigreg
 from jepa_jax import load_encoder, train
 from jepa_jax.compare.equal_time import run_one_program
 from jepa_jax.config import flatten, validate
@@ -286,6 +286,7 @@ def test_each_objective_has_one_short_command_at_the_scale_of_cpu_py():
         changed = {key for key, value in flatten(config).items() if value != base[key]}
         assert all(key.startswith("loss.") for key in changed - {"model.proj_output_dim"})
     assert flatten(objectives.get_config("vicreg")) == base
+    assert flatten(sigreg.get_config()) == flatten(objectives.get_config("sigreg"))
     assert objectives.OBJECTIVES.keys() == OBJECTIVES.keys() - {"bcs"}
     with pytest.raises(ValueError, match="has vicreg, sigreg, lejepa, barlow, simclr, not byol"):
         objectives.get_config("byol")

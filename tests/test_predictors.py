@@ -24,6 +24,7 @@ from jepa_jax.checkpoint import Checkpoints
 from jepa_jax.health import dimension_std, rank_me
 from jepa_jax.masks import sample_blocks
 from jepa_jax.models import ImageJEPA, Projector, linen_model, without_predictor
+from jepa_jax.objectives import make_loss_fn
 from jepa_jax.predictors import (
     BlockPredictor,
     EmbeddingPredictor,
@@ -320,14 +321,16 @@ def noised(key, images):
     return [to_float(images) / 2 + part / 2 for part in noise]
 
 
-def trained(model, weights, images, *, has_target, num_steps=300):
-    """z of the images before and after a short training by VICReg's terms, weighted."""
+def trained(model, weights, images, *, has_target, num_steps=300, loss="vicreg"):
+    """z of the images before and after a short training by a loss's terms, weighted."""
     hparams = some_hparams(
         lr=0.1, min_lr=0.1, weight_decay=0, warmup_steps=0, num_steps=num_steps, **weights
     )
     hparams = dataclasses.replace(hparams, target_ema=np.float32(0.9))
     state = new_state(model, hparams, optimizer="sgd", has_target=has_target)
-    epoch = make_train_epoch(new_step(model, augment_fn=noised, optimizer="sgd"))
+    loss_fn = make_loss_fn({"type": loss, "num_directions": 64}, 1)
+    step = new_step(model, augment_fn=noised, loss_fn=loss_fn, optimizer="sgd")
+    epoch = make_train_epoch(step)
     unlabelled = np.full(len(images), -1, np.int32)
     order = np.tile(np.arange(len(images), dtype=np.int32), (num_steps, 1))
 
@@ -338,11 +341,19 @@ def trained(model, weights, images, *, has_target, num_steps=300):
     return embed(state), embed(after)
 
 
-def test_prediction_with_a_regulariser_does_not_collapse_and_bare_invariance_does(cifar_arrays):
+@pytest.mark.parametrize(
+    ("loss", "against"),
+    [
+        ("vicreg", {"sim_coeff": 0, "std_coeff": 1, "cov_coeff": 1}),
+        ("sigreg", {"sim_coeff": 0, "sigreg_coeff": 10}),
+    ],
+)
+def test_prediction_with_a_regulariser_does_not_collapse_and_bare_invariance_does(
+    cifar_arrays, loss, against
+):
     """Six dimensions that go on to vary each in its own way, beside six that repeat each other."""
     images = cifar_arrays["train_images"][:64, ::4, ::4]
-    against = {"sim_coeff": 0, "std_coeff": 1, "cov_coeff": 1}
-    before, kept = trained(BYOL, against, images, has_target=True)
+    before, kept = trained(BYOL, against, images, has_target=True, loss=loss)
     bare = {"sim_coeff": 1, "std_coeff": 0, "cov_coeff": 0}
     _, lost = trained(DENSE, bare, images, has_target=False)
     assert dimension_std(kept).min() > 0.5
